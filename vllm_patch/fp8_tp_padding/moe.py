@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Block-FP8 expert weights for tensor-parallel sizes that cut a quant block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+import vllm.envs as envs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
+
+from . import engagement
+from .expert_loader import (
+    ExpertParameter,
+    LoadedTensor,
+    Window,
+    check_complete,
+    padded_weight_loader,
+)
+from .shard import BlockShard, block_shard
+
+logger = init_logger("vllm.fp8_tp_padding")
+
+
+def needs_padding(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
+    """Whether ``layer``'s experts are cut inside a quant block and can be padded.
+
+    Never true for per-tensor scales, for sizes that fall on block boundaries,
+    under expert parallelism, or with ``VLLM_FP8_TP_PADDING=off``.
+    """
+    moe = layer.moe_config
+    blocks = quant_config.weight_block_size
+    if blocks is None or moe.moe_parallel_config.use_ep:
+        return False
+    size = moe.intermediate_size // moe.tp_size
+    if all(size % block == 0 for block in blocks):
+        return False
+    if envs.VLLM_FP8_TP_PADDING == "off":
+        return False
+    obstacle = _obstacle(moe, blocks)
+    if obstacle is None:
+        return True
+    logger.warning_once(
+        "%s experts of %d / TP %d = %d columns cut the quant blocks %s and are "
+        "left to stock vLLM: %s.",
+        "FP8",
+        moe.intermediate_size,
+        moe.tp_size,
+        size,
+        str(blocks),
+        obstacle,
+    )
+    return False
+
+
+def _obstacle(moe: FusedMoEConfig, blocks: list[int]) -> str | None:
+    """Why this layer cannot be padded, or None."""
+    block_n, block_k = blocks
+    if block_n != block_k:
+        return "the blocks are not square"
+    if moe.hidden_dim % block_k != 0:
+        return f"hidden size {moe.hidden_dim} is not a multiple of {block_k} either"
+    if moe.is_lora_enabled:
+        return "LoRA adapters do not know about the padding"
+    if not moe.is_act_and_mul and not hasattr(moe, "w13_num_shards"):
+        return "this release has no block-FP8 experts without a gate projection"
+    return None
+
+
+def expert_shard(quant_config: Fp8Config, moe: FusedMoEConfig) -> BlockShard:
+    """Where this rank's intermediate columns lie on the block grid.
+
+    The rank and size are those of the experts, flattened over data parallelism.
+    """
+    block_n = quant_config.weight_block_size[0]
+    return block_shard(moe.intermediate_size, block_n, moe.tp_rank, moe.tp_size)
+
+
+def set_partition_size(moe: FusedMoEConfig, size: int) -> None:
+    """Make ``size`` the intermediate columns that vLLM sees on this rank.
+
+    The "unpadded" size follows: backends that know it take the padding to be at
+    the end, while ours may also come first.
+    """
+    moe.intermediate_size_per_partition = size
+    moe.intermediate_size_per_partition_unpadded = size
+
+
+@contextmanager
+def padded_sizes(quant_config: Fp8Config, moe: FusedMoEConfig) -> Iterator[None]:
+    """Show the padded sizes while vLLM judges the layer, then restore them."""
+    padded = moe.intermediate_size_per_partition
+    unpadded = moe.intermediate_size_per_partition_unpadded
+    set_partition_size(moe, expert_shard(quant_config, moe).span)
+    try:
+        yield
+    finally:
+        moe.intermediate_size_per_partition = padded
+        moe.intermediate_size_per_partition_unpadded = unpadded
+
+
+class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
+    """``Fp8MoEMethod`` whose rank holds whole blocks of the checkpoint's grid.
+
+    The rank's slice of gate, up and down keeps the offset inside a block that
+    it has in the checkpoint, between zeros: gate and up are padded in rows
+    (``w13 = [gate span | up span]``), down in columns. Each block keeps its
+    scale, and zero weights add nothing to any output. To vLLM, and so to the
+    choice of kernel, the layer is one of ``span`` columns.
+
+    Args:
+        quant_config: A block-quantized FP8 config.
+        layer: The experts, for which ``needs_padding`` holds.
+
+    Raises:
+        ValueError: The layer interleaves gate and up rows.
+
+    """
+
+    def __init__(self, quant_config: Fp8Config, layer: RoutedExperts):
+        moe = layer.moe_config
+        if moe.activation == MoEActivation.SWIGLUOAI:
+            raise ValueError(
+                f"{layer.layer_name}: w13_weight cannot be padded to quant blocks: "
+                f"activation = {moe.activation.value} interleaves gate and up rows, "
+                "and padding needs all gate rows before all up rows. Use a "
+                "tensor-parallel size that keeps whole blocks, expert parallelism, "
+                "or VLLM_FP8_TP_PADDING=off."
+            )
+        self.block_shard = expert_shard(quant_config, moe)
+        # Stays set: vLLM allocates, and later runs, what the config says.
+        set_partition_size(moe, self.block_shard.span)
+        super().__init__(quant_config, layer)
+        self._parameters: list[ExpertParameter] = []
+        self._loaded: set[LoadedTensor] = set()
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ):
+        super().create_weights(
+            layer,
+            num_experts,
+            hidden_size,
+            intermediate_size_per_partition,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        self._parameters = self._expert_parameters(hidden_size)
+        stock_loader = extra_weight_attrs["weight_loader"]
+        for parameter in self._parameters:
+            param = getattr(layer, parameter.name)
+            param.weight_loader = padded_weight_loader(
+                layer, stock_loader, parameter, self._loaded
+            )
+        self._record(num_experts, hidden_size)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        engagement.report(self.moe.tp_rank)
+        check_complete(
+            layer.layer_name, layer.local_num_experts, self._parameters, self._loaded
+        )
+        self._loaded.clear()
+        super().process_weights_after_loading(layer)
+
+    def _expert_parameters(self, hidden_size: int) -> list[ExpertParameter]:
+        total, block = self.moe.intermediate_size, self.weight_block_size[0]
+        columns = Window.of_elements(self.block_shard, total)
+        blocks = Window.of_blocks(self.block_shard, total, block)
+        gate_up = {"w1": 0, "w3": 1} if self.moe.is_act_and_mul else {"w1": 0}
+        down = {"w2": 0}
+        hidden, hidden_blocks = hidden_size, hidden_size // block
+        w13_scale = f"w13_{self.weight_scale_name}"
+        w2_scale = f"w2_{self.weight_scale_name}"
+        scale_shapes = (blocks.total, hidden_blocks), (hidden_blocks, blocks.total)
+        parameters = [
+            ExpertParameter("w13_weight", (total, hidden), 0, columns, gate_up),
+            ExpertParameter("w2_weight", (hidden, total), 1, columns, down),
+            ExpertParameter(w13_scale, scale_shapes[0], 0, blocks, gate_up, True),
+            ExpertParameter(w2_scale, scale_shapes[1], 1, blocks, down, True),
+        ]
+        if self.moe.has_bias:
+            # Optional as in vLLM, which starts biases at zero. The bias of w2
+            # is not sharded and keeps vLLM's loader.
+            parameters.append(
+                ExpertParameter(
+                    "w13_bias", (total,), 0, columns, gate_up, required=False
+                )
+            )
+        return parameters
+
+    def _record(self, num_experts: int, hidden_size: int) -> None:
+        block = self.weight_block_size[0]
+        size = engagement.PaddedSize(
+            "MoE", self.moe.intermediate_size, block, self.moe.tp_size
+        )
+        projections = 3 if self.moe.is_act_and_mul else 2
+        engagement.record(size, projections * num_experts * hidden_size)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is replaced in vLLM, why, and until when."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+ISSUE = "https://github.com/vllm-project/vllm/issues/17569"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute of vLLM that is replaced.
+
+    Attributes:
+        name: Short name for logs and ``vllm-patch status``.
+        module: Module that holds the attribute; patched once vLLM imports it.
+        attribute: Dotted path inside the module.
+        wrapper: ``module:function`` that takes the original and returns the
+            replacement.
+        parameters: Parameters of the original, if it is a function. Another
+            signature means an unknown vLLM, which stays stock.
+        why: What the replacement is for.
+        link: Where upstream discusses it.
+        until: What makes the row removable.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    wrapper: str
+    parameters: tuple[str, ...] | None
+    why: str
+    link: str
+    until: str
+
+    @property
+    def target(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+PATCHES = (
+    Patch(
+        name="env-var",
+        module="vllm.envs",
+        attribute="environment_variables",
+        wrapper="vllm_patch.wrappers:with_padding_variable",
+        parameters=None,
+        why="VLLM_FP8_TP_PADDING is read like vLLM's own variables, without a warning",
+        link=ISSUE,
+        until="vLLM defines VLLM_FP8_TP_PADDING",
+    ),
+    Patch(
+        name="moe",
+        module="vllm.model_executor.layers.quantization.fp8",
+        attribute="Fp8Config.get_quant_method",
+        wrapper="vllm_patch.wrappers:with_padded_experts",
+        parameters=("self", "layer", "prefix"),
+        why="experts cut inside a quant block get Fp8TpPaddedMoEMethod",
+        link=ISSUE,
+        until="vLLM loads block-FP8 experts at any tensor-parallel size",
+    ),
+)
+
+_originals: dict[str, Any] = {}
+
+
+class UnexpectedTarget(Exception):
+    """A target is not what its row says; vLLM must stay stock."""
+
+
+def apply(patch: Patch) -> None:
+    """Replace the row's target; does nothing if it is replaced already.
+
+    Raises:
+        UnexpectedTarget: The target is missing, has another signature, or
+            belongs to somebody else.
+
+    """
+    if patch.name in _originals:
+        return
+    owner, leaf = _owner(patch)
+    original = inspect.getattr_static(owner, leaf)
+    _check(patch, original)
+    module, _, function = patch.wrapper.partition(":")
+    wrapper: Callable = getattr(importlib.import_module(module), function)
+    setattr(owner, leaf, wrapper(original))
+    _originals[patch.name] = original
+
+
+def revert(patch: Patch) -> None:
+    """Put the row's original back; does nothing if it is not replaced."""
+    if patch.name in _originals:
+        owner, leaf = _owner(patch)
+        setattr(owner, leaf, _originals.pop(patch.name))
+
+
+def is_applied(patch: Patch) -> bool:
+    return patch.name in _originals
+
+
+def _owner(patch: Patch) -> tuple[Any, str]:
+    owner: Any = importlib.import_module(patch.module)
+    *path, leaf = patch.attribute.split(".")
+    try:
+        for part in path:
+            owner = getattr(owner, part)
+        inspect.getattr_static(owner, leaf)
+    except AttributeError as error:
+        raise UnexpectedTarget(f"{patch.target} does not exist") from error
+    return owner, leaf
+
+
+def _check(patch: Patch, original: Any) -> None:
+    if patch.parameters is None:
+        return
+    found = tuple(inspect.signature(original).parameters)
+    if found != patch.parameters:
+        raise UnexpectedTarget(
+            f"{patch.target} takes {found}, expected {patch.parameters}"
+        )
+    defined_in = inspect.unwrap(original).__module__
+    code_in = original.__globals__["__name__"]
+    if not defined_in == code_in == patch.module:
+        raise UnexpectedTarget(
+            f"{patch.target} was already replaced by {code_in}, "
+            "so vllm_patch leaves it alone"
+        )

