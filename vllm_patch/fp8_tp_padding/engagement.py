@@ -57,8 +57,8 @@ def report(tp_rank: int) -> None:
     """
     if _layers and tp_rank == 0:
         logger.info(
-            "FP8 blocks are cut by tensor parallelism: %s; %.1f MiB of padding on "
-            "the largest rank. VLLM_FP8_TP_PADDING=off goes back to stock vLLM.",
+            "FP8 TP padding is on: %s; %.1f MiB of padding on the largest rank. "
+            "VLLM_FP8_TP_PADDING=off goes back to stock vLLM.",
             "; ".join(_describe(size, count) for size, count in _layers.items()),
             sum(map(_added_bytes, _layers)) / 2**20,
         )

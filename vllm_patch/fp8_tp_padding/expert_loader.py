@@ -10,7 +10,6 @@ load or a reload.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 
@@ -136,7 +135,7 @@ def _check_scales(where: str, scales: torch.Tensor) -> None:
 
 def padded_weight_loader(
     layer: torch.nn.Module,
-    stock_loader: Callable,
+    stock_loader: MethodType,
     parameter: ExpertParameter,
     loaded: set[LoadedTensor],
 ) -> MethodType:
@@ -154,7 +153,8 @@ def padded_weight_loader(
 
     """
 
-    @functools.wraps(stock_loader)
+    # The function, not the method: reloading binds arguments by its signature.
+    @functools.wraps(stock_loader.__func__)
     def weight_loader(
         layer,
         param,

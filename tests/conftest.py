@@ -1,0 +1,74 @@
+"""Chooses the vLLM release that the tests import: ``pytest --vllm 0.28.0``."""
+
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow, not wrong.
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")
+
+NEWEST = "0.33.0"
+INSTALLED = "installed"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--vllm",
+        default=NEWEST,
+        metavar="RELEASE",
+        help=f"vLLM release to test on the CPU (default {NEWEST}), or 'installed' "
+        "for tests/engine, which start the installed one in processes of their own",
+    )
+
+
+def pytest_configure(config):
+    release = config.getoption("--vllm")
+    if release == INSTALLED:
+        return
+    from tests.vllm_on_cpu import install
+    from tests.vllm_tree import fetch
+
+    tree = str(fetch(release))
+    sys.path.insert(0, tree)
+    # For tests that start Python themselves.
+    os.environ["PYTHONPATH"] = tree
+    install()
+
+
+def pytest_report_header(config):
+    return f"vLLM: {config.getoption('--vllm')}"
+
+
+@pytest.fixture
+def plugin():
+    """The plugin, registered for the length of a test."""
+    from vllm_patch import plugin
+
+    plugin.register()
+    yield plugin
+    plugin.unregister()
+
+
+@pytest.fixture
+def vllm_version() -> tuple[int, int]:
+    """Major and minor number of the release under test."""
+    import vllm
+
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
+
+
+@pytest.fixture
+def vllm_log(caplog):
+    """Log records of the plugin; vLLM's loggers do not propagate to pytest's."""
+    import logging
+
+    log = logging.getLogger("vllm.fp8_tp_padding")
+    log.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "vllm.fp8_tp_padding")
+    yield caplog
+    log.removeHandler(caplog.handler)

@@ -1,0 +1,165 @@
+"""Which layers get the padded method, and that all others stay stock."""
+
+import logging
+
+import pytest
+import torch
+
+from tests.vllm_on_cpu import experts
+from tests.vllm_on_cpu.experts import Checkpoint, build, load
+from vllm_patch import block_shard
+
+BACKENDS = (
+    "auto",
+    "triton",
+    "deep_gemm",
+    "cutlass",
+    "flashinfer_trtllm",
+    "flashinfer_cutlass",
+    "marlin",
+)
+
+
+def method_class(layer) -> type:
+    return type(layer.quant_method)
+
+
+@pytest.fixture
+def stock_class():
+    from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+
+    return Fp8MoEMethod
+
+
+def build_stock(*args, **kwargs):
+    from vllm_patch import plugin
+
+    plugin.unregister()
+    try:
+        return build(*args, **kwargs)
+    finally:
+        plugin.register()
+
+
+@pytest.mark.parametrize(
+    ("total", "tp_size", "kwargs"),
+    [
+        (1536, 4, {}),  # 384 columns: whole blocks
+        (1536, 1, {}),
+        (1536, 8, {"expert_parallel": True}),  # whole experts
+        (1536, 8, {"weight_block_size": None}),  # per-tensor scales
+    ],
+)
+def test_other_layers_are_stock(plugin, stock_class, total, tp_size, kwargs):
+    layer, stock = (make(total, tp_size, 0, **kwargs) for make in (build, build_stock))
+    assert method_class(layer) is stock_class
+    assert vars(layer.moe_config) == vars(stock.moe_config)
+    assert [(n, p.shape, p.dtype) for n, p in layer.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in stock.named_parameters()
+    ]
+    for param, stock_param in zip(layer.parameters(), stock.parameters(), strict=True):
+        assert param.weight_loader.__func__ is stock_param.weight_loader.__func__
+
+
+def test_an_aligned_layer_holds_the_same_bytes(plugin):
+    checkpoint = Checkpoint.random(1536)
+    layer, stock = build(1536, 4, 3), build_stock(1536, 4, 3)
+    for each in (layer, stock):
+        load(each, checkpoint)
+        experts.process(each, 4, 3)
+    for (name, param), stock_param in zip(
+        layer.named_parameters(), stock.parameters(), strict=True
+    ):
+        assert torch.equal(
+            param.data.view(torch.uint8), stock_param.data.view(torch.uint8)
+        ), name
+
+
+def test_experts_that_are_not_quantized_stay_so(plugin, monkeypatch):
+    from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+    from vllm.model_executor.layers.quantization import fp8
+
+    monkeypatch.setattr(fp8, "is_layer_skipped", lambda **kwargs: True)
+    layer = build(1536, 8, 3)
+    assert isinstance(layer.quant_method, UnquantizedFusedMoEMethod)
+    assert layer.moe_config.intermediate_size_per_partition == 192
+    assert layer.moe_config.intermediate_size_per_partition_unpadded == 192
+
+
+def test_off_is_stock(plugin, stock_class, monkeypatch, vllm_version):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
+    if vllm_version < (0, 29):
+        with pytest.raises(ValueError, match="192 is not divisible by"):
+            build(1536, 8, 3)
+        return
+    layer = build(1536, 8, 3)
+    assert method_class(layer) is stock_class
+    assert layer.quant_method.moe_block_shape == [64, 64]
+
+
+def test_the_padded_method_replaces_refined_blocks(plugin, stock_class):
+    layer = build(1536, 8, 3)
+    assert issubclass(method_class(layer), stock_class)
+    assert method_class(layer) is not stock_class
+    method = layer.quant_method
+    assert method.block_shard == block_shard(1536, 128, 3, 8)
+    assert getattr(method, "weight_scale_refine", None) is None
+    assert getattr(method, "moe_block_shape", [128, 128]) == [128, 128]
+    assert not getattr(layer.moe_config, "tp_shard_with_padding", False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_kernel_is_the_one_stock_takes_for_the_padded_shape(plugin, backend):
+    """1536 / 8 = 192 becomes 256: what stock chooses for 2048 / 8."""
+
+    def choice(total):
+        try:
+            method = build(total, 8, 3, backend=backend).quant_method
+        except (ValueError, NotImplementedError) as error:
+            return type(error), str(error)
+        return method.fp8_backend, method.experts_cls
+
+    assert choice(1536) == choice(2048)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"hidden": 320}, "hidden size 320 is not a multiple of 128 either"),
+        ({"weight_block_size": (128, 64)}, "the blocks are not square"),
+    ],
+)
+def test_what_cannot_be_padded_is_left_to_stock(
+    plugin, stock_class, vllm_log, kwargs, reason
+):
+    from vllm_patch.fp8_tp_padding import moe
+
+    assert not isinstance(outcome(build, **kwargs), moe.Fp8TpPaddedMoEMethod)
+    assert outcome(build, **kwargs) == outcome(build_stock, **kwargs)
+    assert any(reason in record.getMessage() for record in vllm_log.records)
+
+
+def outcome(make, **kwargs):
+    try:
+        return type(make(1536, 8, 3, **kwargs).quant_method)
+    except ValueError as error:
+        return str(error)
+
+
+def test_one_line_says_what_was_padded(plugin, vllm_log):
+    layers = [build(640, 8, 0, experts=4, hidden=512) for _ in range(3)]
+    for layer in layers:
+        experts.process(layer, 8, 0)
+    lines = [r for r in vllm_log.records if "FP8 TP padding is on" in r.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].levelno == logging.INFO
+    added = 3 * 3 * 4 * 512 * (256 - 80) / 2**20
+    assert (
+        f"3 MoE layers, 640 / TP 8 = 80 padded to 128 or 256; {added:.1f} MiB of "
+        "padding on the largest rank. VLLM_FP8_TP_PADDING=off"
+    ) in lines[0].getMessage()
+
+
+def test_other_ranks_say_nothing(plugin, vllm_log):
+    experts.process(build(640, 8, 3), 8, 3)
+    assert not vllm_log.records

@@ -1,0 +1,209 @@
+"""Experts on the real vLLM classes: what the padded parameters hold."""
+
+import pytest
+import torch
+
+from tests.vllm_on_cpu import experts
+from tests.vllm_on_cpu.experts import Checkpoint, build, load, padded, poison
+from vllm_patch import block_shard
+
+TOTALS = (
+    384,  # smallest that cuts a block at TP 2
+    512,  # Qwen3-Next: 64, 32 per rank
+    640,  # 160, 80, 40 per rank: blocks of five, straddled
+    768,  # Qwen3-30B-A3B: 192, 96
+    1408,  # GLM-4.5-Air: 704, 352, 176, 88, the largest leads
+    1536,  # Qwen3-235B: 192
+    2560,  # Qwen3-Coder-480B: 320
+    3072,  # DeepSeek-V4: 192 at TP 16
+)
+TP_SIZES = (2, 4, 8, 16)
+SPLITS = [(total, tp) for total in TOTALS for tp in TP_SIZES if total % tp == 0]
+
+
+def columns(weight: torch.Tensor, shard: str) -> torch.Tensor:
+    """View a weight with its sharded dimension last."""
+    return weight if shard == "w2" else weight.transpose(-1, -2)
+
+
+def method_name(layer) -> str:
+    return type(layer.quant_method).__name__
+
+
+@pytest.mark.parametrize(("total", "tp_size"), SPLITS)
+def test_ranks_rebuild_the_checkpoint_exactly(plugin, total, tp_size):
+    checkpoint = Checkpoint.random(total)
+    rebuilt = {s: torch.empty_like(checkpoint.dequantized(s)) for s in experts.SHARDS}
+    size = total // tp_size
+    cut = size % experts.BLOCK != 0
+    for rank in range(tp_size):
+        layer = build(total, tp_size, rank)
+        assert method_name(layer) == ("Fp8TpPaddedMoEMethod" if cut else "Fp8MoEMethod")
+        poison(layer)
+        load(layer, checkpoint)
+        start = rank * size
+        lead = start % experts.BLOCK
+        for shard, whole in rebuilt.items():
+            weight, scale = padded(layer, shard)
+            mine = columns(experts.dequantize(weight, scale), shard)
+            columns(whole, shard)[..., start : start + size] = mine[
+                ..., lead : lead + size
+            ]
+            codes = columns(weight.view(torch.uint8), shard)
+            assert not codes[..., :lead].any()
+            assert not codes[..., lead + size :].any()
+            assert torch.isfinite(scale).all()
+    for shard, whole in rebuilt.items():
+        assert torch.equal(whole, checkpoint.dequantized(shard)), shard
+
+
+def stored(layer) -> dict[str, torch.Tensor]:
+    return {
+        name: param.data.clone().view(torch.uint8)
+        for name, param in layer.named_parameters()
+    }
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+# Rank 1 of 1536 / 8 leads with 64 columns; rank 5 of 1408 / 8 with 112.
+LEADING = [(1536, 8, 1), (1408, 8, 5)]
+
+
+@pytest.mark.parametrize(("total", "tp_size", "rank"), LEADING)
+def test_a_reload_over_dirty_parameters_gives_the_same_bytes(
+    plugin, total, tp_size, rank
+):
+    checkpoint = Checkpoint.random(total)
+    layer = build(total, tp_size, rank)
+    load(layer, checkpoint)
+    experts.process(layer, tp_size, rank)
+    first = stored(layer)
+    poison(layer)
+    load(layer, checkpoint)
+    experts.process(layer, tp_size, rank)
+    assert same(stored(layer), first)
+
+
+def test_vllm_reloads_layer_by_layer(plugin):
+    """The way of reinforcement learning: vLLM counts elements to know the end."""
+    from vllm.model_executor.model_loader import reload
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    checkpoint, other = Checkpoint.random(1536), Checkpoint.random(1536, seed=1)
+    fresh = build(1536, 8, 1)
+    load(fresh, other)
+    experts.process(fresh, 8, 1)
+
+    model = torch.nn.Module()
+    layer = model.experts = build(1536, 8, 1)
+    reload.record_metadata_for_reloading(model)
+    load(layer, checkpoint)
+    experts.process(layer, 8, 1)
+    addresses = {name: p.data_ptr() for name, p in layer.named_parameters()}
+    with experts.rank_of(8, 1) as config:
+        reload.initialize_layerwise_reload(model)
+        load(layer, other)
+        # Complete without the fallback for layers that got too few elements.
+        assert not get_layerwise_info(layer).can_load()
+        reload.finalize_layerwise_reload(model, config.model_config)
+    assert same(stored(layer), stored(fresh))
+    assert addresses == {name: p.data_ptr() for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize(("total", "tp_size", "rank"), LEADING)
+def test_fused_tensors_load_like_single_experts(plugin, total, tp_size, rank):
+    checkpoint = Checkpoint.random(total, experts=3)
+    single, fused = (build(total, tp_size, rank, experts=3) for _ in range(2))
+    poison(fused)
+    load(single, checkpoint)
+    load(fused, checkpoint, fused=True)
+    assert same(stored(single), stored(fused))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_checkpoint_names_reach_the_padded_loaders(plugin, fused, vllm_version):
+    if fused and vllm_version < (0, 28):
+        pytest.skip("this release turns fused block scales on their side")
+    checkpoint = Checkpoint.random(1536)
+    expected, layer = (build(1536, 8, 3) for _ in range(2))
+    load(expected, checkpoint)
+    poison(layer)
+    names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    weights = []
+    for suffix, tensors in (
+        ("weight", checkpoint.weights),
+        ("weight_scale_inv", checkpoint.scales),
+    ):
+        if fused:
+            # Fused checkpoints name the tensor without a module: ``_scale_inv``.
+            end = "" if suffix == "weight" else "_scale_inv"
+            gate_up = torch.cat([tensors["w1"], tensors["w3"]], dim=1)
+            weights += [(f"gate_up_proj{end}", gate_up)]
+            weights += [(f"down_proj{end}", tensors["w2"])]
+            continue
+        weights += [
+            (f"{expert}.{names[shard]}.{suffix}", tensor)
+            for shard, stacked in tensors.items()
+            for expert, tensor in enumerate(stacked)
+        ]
+    loaded = list(layer.load_weights(iter(weights)))
+    assert len(set(loaded)) == 4
+    assert same(stored(layer), stored(expected))
+
+
+def test_experts_without_a_gate(plugin, vllm_version):
+    if vllm_version < (0, 28):
+        pytest.skip("this release has no block-FP8 experts without a gate")
+    checkpoint = Checkpoint.random(1536, gated=False)
+    layer = build(
+        1536,
+        8,
+        5,
+        activation="relu2_no_mul",
+        ckpt_names=("up_proj", "down_proj", None)
+        if vllm_version >= (0, 33)
+        else ("up_proj", "down_proj", ""),
+    )
+    assert method_name(layer) == "Fp8TpPaddedMoEMethod"
+    poison(layer)
+    load(layer, checkpoint)
+    weight, scale = padded(layer, "w1")
+    mine = experts.dequantize(weight, scale)[:, 64:]
+    assert weight.shape[1] == 256
+    assert torch.equal(mine, checkpoint.dequantized("w1")[:, 960:1152])
+
+
+def test_expert_biases_are_padded_with_zeros(plugin):
+    layer = build(1536, 8, 3, has_bias=True)
+    poison(layer)
+    bias = torch.arange(1, 1537, dtype=torch.bfloat16)
+    for index, shard in enumerate(("w1", "w3")):
+        assert experts.load_tensor(layer, "w13_bias", bias, shard, 1)
+        slot = layer.w13_bias[1].chunk(2)[index]
+        assert torch.equal(slot[64:], bias[576:768])
+        assert not slot[:64].any()
+    down_bias = torch.randn(256).bfloat16()
+    assert experts.load_tensor(layer, "w2_bias", down_bias, "w2", 1)
+    assert torch.equal(layer.w2_bias[1], down_bias)
+
+
+def test_ranks_are_flattened_over_data_parallelism(plugin):
+    """TP 4 x DP 2 splits experts in eight; rank 1 of the second engine is rank 5."""
+    checkpoint = Checkpoint.random(1536)
+    layer, expected = build(1536, 4, 1, dp=(2, 1)), build(1536, 8, 5)
+    load(layer, checkpoint)
+    load(expected, checkpoint)
+    assert layer.quant_method.block_shard == block_shard(1536, 128, 5, 8)
+    assert same(stored(layer), stored(expected))
+
+
+def test_dummy_weights_need_no_checkpoint(plugin):
+    layer = build(1536, 8, 1)
+    for param in layer.parameters():
+        param.data.view(torch.uint8).fill_(1)
+    experts.process(layer, 8, 1)

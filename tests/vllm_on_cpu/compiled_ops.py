@@ -1,0 +1,121 @@
+"""Stand-ins in torch for the compiled operators that the Triton MoE path calls."""
+
+import torch
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+def install() -> None:
+    """Define each operator that this torch does not have."""
+    for namespace, schema, function in (
+        (
+            "_C",
+            (
+                "per_token_group_fp8_quant(Tensor input, Tensor(a!) output_q, "
+                "Tensor(b!) output_s, int group_size, float eps, float fp8_min, "
+                "float fp8_max, bool scale_ue8m0=False, bool a=False, bool b=False)"
+                " -> ()"
+            ),
+            _quantize_groups,
+        ),
+        ("_C", "silu_and_mul(Tensor(a!) result, Tensor input) -> ()", _silu_and_mul),
+        (
+            "_C",
+            (
+                "silu_and_mul_per_block_quant(Tensor(a!) out, Tensor input, "
+                "Tensor(b!) scales, int group_size, Tensor? scale_ub=None, "
+                "bool is_scale_transposed=False) -> ()"
+            ),
+            _silu_and_mul_quantize,
+        ),
+        ("_C", "cutlass_scaled_mm_supports_fp8(int c) -> bool", _no),
+        ("_C", "cutlass_scaled_mm_supports_block_fp8(int c) -> bool", _no),
+        ("_C", "cutlass_group_gemm_supported(int c) -> bool", _no),
+        (
+            "_moe_C",
+            (
+                "moe_align_block_size(Tensor topk_ids, int num_experts, "
+                "int block_size, Tensor(a!) sorted_token_ids, Tensor(b!) experts_ids, "
+                "Tensor(c!) num_tokens_post_pad, Tensor? maybe_expert_map=None, "
+                "Tensor? scatter_idx=None) -> ()"
+            ),
+            _moe_align_block_size,
+        ),
+        (
+            "_moe_C",
+            (
+                "moe_sum(Tensor input, Tensor(a!) output, Tensor? topk_ids=None, "
+                "Tensor? expert_map=None) -> ()"
+            ),
+            _moe_sum,
+        ),
+    ):
+        _define(namespace, schema, function)
+
+
+def _define(namespace: str, schema: str, function) -> None:
+    name = schema.partition("(")[0]
+    if hasattr(getattr(torch.ops, namespace), name):
+        return
+    library = _libraries.setdefault(
+        namespace, torch.library.Library(namespace, "FRAGMENT")
+    )
+    library.define(schema)
+    library.impl(name, function, "CompositeExplicitAutograd")
+
+
+def _no(_capability):
+    return False
+
+
+def _quantize_groups(x, out, scales, group_size, eps, low, high, ue8m0=False, *_):
+    groups = x.float().unflatten(-1, (-1, group_size))
+    scale = groups.abs().amax(-1).clamp_min(eps) / high
+    if ue8m0:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    out.copy_((groups / scale[..., None]).clamp(low, high).flatten(-2).to(out.dtype))
+    scales.copy_(scale)
+
+
+def _silu_and_mul(out, x):
+    gate, up = x.float().chunk(2, -1)
+    out.copy_((torch.nn.functional.silu(gate) * up).to(out.dtype))
+
+
+def _silu_and_mul_quantize(out, x, scales, group_size, scale_ub=None, transposed=False):
+    gate, up = x.float().chunk(2, -1)
+    assert up.shape[-1] % group_size == 0, "the CUDA kernel refuses partial groups"
+    hidden = torch.nn.functional.silu(gate) * up
+    _quantize_groups(hidden, out, scales, group_size, 1e-10, -448.0, 448.0)
+
+
+def _moe_align_block_size(
+    topk_ids,
+    num_experts,
+    block_size,
+    sorted_ids,
+    expert_ids,
+    num_tokens_post_pad,
+    expert_map=None,
+    scatter_idx=None,
+):
+    assert scatter_idx is None
+    flat = topk_ids.reshape(-1).long()
+    sorted_ids.fill_(flat.numel())
+    expert_ids.fill_(0 if expert_map is None else -1)
+    position = 0
+    for expert in range(num_experts):
+        local = expert if expert_map is None else int(expert_map[expert])
+        tokens = (flat == expert).nonzero().flatten()
+        if local < 0 or tokens.numel() == 0:
+            continue
+        sorted_ids[position : position + tokens.numel()] = tokens.int()
+        blocks = -(-tokens.numel() // block_size)
+        first = position // block_size
+        expert_ids[first : first + blocks] = local
+        position += blocks * block_size
+    num_tokens_post_pad.fill_(position)
+
+
+def _moe_sum(x, out, *_):
+    out.copy_(x.float().sum(1).to(out.dtype))

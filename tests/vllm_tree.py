@@ -1,0 +1,47 @@
+"""Fetches a vLLM release's source tree, which is enough to import it.
+
+``python -m tests.vllm_tree RELEASE...`` fills the cache; a package index is all it
+needs. The cache is ``$XDG_CACHE_HOME/vllm-patch``, by default below ``~/.cache``.
+"""
+
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from pypi_simple import PyPISimple
+
+
+def fetch(release: str) -> Path:
+    """Return the folder that holds ``vllm/`` of a release, fetched if need be."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    tree = cache / "vllm-patch" / f"vllm-{release}"
+    if tree.is_dir():
+        return tree
+    tree.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=tree.parent) as work:
+        archive = Path(work) / "vllm.tar.gz"
+        _download(release, archive)
+        with tarfile.open(archive) as tar:
+            members = [m for m in tar if m.name.startswith(f"vllm-{release}/vllm/")]
+            tar.extractall(work, members, filter="data")
+        shutil.move(Path(work) / f"vllm-{release}", tree)
+    return tree
+
+
+def _download(release: str, target: Path) -> None:
+    print(f"fetching the source of vLLM {release}", file=sys.stderr, flush=True)
+    endpoint = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple")
+    with PyPISimple(endpoint) as index:
+        for package in index.get_project_page("vllm").packages:
+            if package.version == release and package.package_type == "sdist":
+                index.download_package(package, target)
+                return
+    raise SystemExit(f"{endpoint} has no source distribution of vLLM {release}")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(fetch(name))

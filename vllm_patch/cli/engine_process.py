@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts ``engine_run`` in a process of its own, with or without the plugin."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# What a run needs here and its user may have set otherwise. The CPU ones make
+# several ranks share a small machine; other platforms ignore them.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+}
+OWN_PLUGIN = "vllm_patch"
+HEARTBEAT_SECONDS = 30
+_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+_PADDED_LINE = re.compile(r"(FP8 TP padding is on: .+)$")
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    """One engine run to make.
+
+    Attributes:
+        label: What the table calls it.
+        engine: Arguments for ``vllm.LLM``.
+        patched: Whether this package's plugin is loaded.
+    """
+
+    label: str
+    engine: dict[str, Any]
+    patched: bool = False
+
+
+@dataclass
+class EngineResult:
+    """What came of a run: ``scores`` of ``engine_run``, or an ``error``.
+
+    Attributes:
+        scores: Output of ``engine_run.run``, or None if the run failed.
+        error: The engine's own error, or None.
+        padding: The plugin's log line, or None if it padded nothing.
+        seconds: Wall time of the process.
+        log: File with all the process printed.
+    """
+
+    scores: dict[str, Any] | None
+    error: str | None
+    padding: str | None
+    seconds: float
+    log: Path = field(repr=False)
+
+
+def run(
+    process: EngineProcess, prompts: list[list[int]], directory: Path, timeout: float
+) -> EngineResult:
+    """Run the engine and wait for it, with a sign of life on stderr.
+
+    Args:
+        process: The run to make.
+        prompts: Token ids.
+        directory: Where the log and the exchange files go.
+        timeout: Seconds after which the run counts as failed.
+
+    """
+    stem = re.sub(r"\W+", "-", process.label)
+    spec, out, log = (directory / f"{stem}.{end}" for end in ("spec", "out", "log"))
+    spec.write_text(json.dumps({"engine": process.engine, "prompts": prompts}))
+    command = [sys.executable, "-m", "vllm_patch.cli.engine_run", str(spec), str(out)]
+    started = time.monotonic()
+    with log.open("w") as sink:
+        child = subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment(process.patched),
+            start_new_session=True,
+        )
+        in_time = _wait(child, started + timeout)
+    text = log.read_text(errors="replace")
+    scores = json.loads(out.read_text()) if out.exists() else None
+    return EngineResult(
+        scores=scores,
+        error=None if scores else _error(text, in_time, child.returncode, timeout),
+        padding=_first(_PADDED_LINE, text),
+        seconds=round(time.monotonic() - started, 1),
+        log=log,
+    )
+
+
+def environment(patched: bool) -> dict[str, str]:
+    """Return the child's environment; without the plugin vLLM is truly stock."""
+    env = {**ENVIRONMENT, **os.environ}
+    if not patched:
+        env["VLLM_PLUGINS"] = ",".join(_other_plugins())
+        env.pop("VLLM_FP8_TP_PADDING", None)
+    elif "VLLM_PLUGINS" in env:
+        allowed = [name for name in env["VLLM_PLUGINS"].split(",") if name]
+        env["VLLM_PLUGINS"] = ",".join({OWN_PLUGIN: None, **dict.fromkeys(allowed)})
+    return env
+
+
+def _other_plugins() -> list[str]:
+    if "VLLM_PLUGINS" in os.environ:
+        names = os.environ["VLLM_PLUGINS"].split(",")
+    else:
+        names = [
+            point.name
+            for group in metadata.entry_points().groups
+            if group.startswith("vllm.")
+            for point in metadata.entry_points(group=group)
+        ]
+    return sorted({name for name in names if name and name != OWN_PLUGIN})
+
+
+def _wait(child: subprocess.Popen, deadline: float) -> bool:
+    """Wait for the child and its workers; return False if they had to be killed."""
+    started = time.monotonic()
+    try:
+        while time.monotonic() < deadline:
+            try:
+                child.wait(HEARTBEAT_SECONDS)
+                return True
+            except subprocess.TimeoutExpired:
+                seconds = time.monotonic() - started
+                print(f"      ... {seconds:.0f} s", file=sys.stderr, flush=True)
+        return False
+    finally:
+        # A failed engine can leave workers behind, which hold memory.
+        _kill_session(child)
+
+
+def _kill_session(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _error(text: str, in_time: bool, returncode: int, timeout: float) -> str:
+    if not in_time:
+        return f"no result after {timeout:.0f} s"
+    return _first(_ERROR_LINE, text) or f"exit code {returncode} without an error"
+
+
+def _first(pattern: re.Pattern, text: str) -> str | None:
+    for line in text.splitlines():
+        if found := pattern.search(line):
+            return found.group(1)
+    return None

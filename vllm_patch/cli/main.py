@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of ``vllm-patch``."""
+
+import argparse
+import sys
+
+from vllm_patch import __version__
+from vllm_patch.cli import parity, status
+from vllm_patch.cli.errors import UsageError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-patch",
+        description="Run block-FP8 models in vLLM at any tensor-parallel size.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (parity, status):
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UsageError as error:
+        print(f"vllm-patch {args.command}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Hugging Face config.json says about FP8 blocks and tensor parallelism."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_patch.cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A config.json of a block-FP8 model, as a dict, with what is asked of it."""
+
+    path: Path
+    fields: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "ModelConfig":
+        """Read and check ``path``; raise UsageError if it cannot be used."""
+        try:
+            fields = json.loads(path.read_text())
+        except OSError as error:
+            raise UsageError(
+                f"{path}: {error.strerror}. Give the config.json of a block-FP8 model."
+            ) from error
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{path} is not JSON: {error}.") from error
+        config = cls(path, fields)
+        config._check_quantization()
+        return config
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The language model's fields, which multimodal models nest."""
+        return self.fields.get("text_config", self.fields)
+
+    @property
+    def block(self) -> int:
+        return self.fields["quantization_config"]["weight_block_size"][0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text["vocab_size"]
+
+    def with_layers(self, layers: int) -> "ModelConfig":
+        """Return the config with only the first ``layers`` layers."""
+        available = self.text["num_hidden_layers"]
+        if not 1 <= layers <= available:
+            raise UsageError(
+                f"--layers {layers}: {self.path} has {available} layers; "
+                f"give 1 to {available}."
+            )
+        fields = json.loads(json.dumps(self.fields))
+        text = fields.get("text_config", fields)
+        text["num_hidden_layers"] = layers
+        if text.get("layer_types"):
+            text["layer_types"] = text["layer_types"][:layers]
+        return ModelConfig(self.path, fields)
+
+    @property
+    def expert_size(self) -> int | None:
+        """Intermediate size of one routed expert, or None without experts."""
+        if "moe_intermediate_size" in self.text:
+            return self.text["moe_intermediate_size"]
+        # Mixtral and MiniMax use the dense model's name.
+        if "num_local_experts" in self.text:
+            return self.text["intermediate_size"]
+        return None
+
+    def cuts_experts(self, tp: int) -> bool:
+        """Whether ``tp`` cuts an expert inside a quant block."""
+        size = self.expert_size
+        return size is not None and size % (tp * self.block) != 0
+
+    def _check_quantization(self) -> None:
+        quantization = self.fields.get("quantization_config") or {}
+        method = quantization.get("quant_method")
+        block = quantization.get("weight_block_size")
+        if method != "fp8" or not block:
+            raise UsageError(
+                f"{self.path} has quant_method = {method!r} and weight_block_size = "
+                f"{block!r}; parity needs a block-FP8 model (quant_method 'fp8', "
+                "weight_block_size such as [128, 128])."
+            )
+        if block[0] != block[1]:
+            raise UsageError(
+                f"{self.path} has weight_block_size = {block}; blocks must be square."
+            )

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-patch parity``: does the patched engine answer as stock vLLM does?"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_patch import __version__, plugin
+from vllm_patch.cli import comparison, engine_process
+from vllm_patch.cli.engine_process import EngineProcess, EngineResult
+from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli.model_config import ModelConfig
+
+PROMPTS, PROMPT_TOKENS = 8, 96
+DESCRIPTION = """\
+Run the real vLLM engine four times, each in a process of its own: stock at the
+baseline TP, stock at a control TP (how far two stock runs are apart), stock at
+TP N (expected to fail if N cuts a quant block), and patched at TP N. Parity holds
+if patched is no farther from the baseline than the control is, with the slack
+printed in the last lines. Exit code: 0 parity, 1 no parity, 2 wrong usage."""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "parity", help="compare the patched engine with stock", description=DESCRIPTION
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a Hugging Face config.json; a synthetic checkpoint is written for it",
+    )
+    source.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint folder")
+    parser.add_argument("--tp", type=int, required=True, help="size to patch")
+    parser.add_argument("--baseline-tp", type=int, default=1, help="default 1")
+    parser.add_argument(
+        "--control-tp",
+        type=int,
+        help="default: the largest below --tp that keeps quant blocks whole, else 2 "
+        "with expert parallelism",
+    )
+    parser.add_argument("--layers", type=int, help="keep only the first N layers")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result")
+    parser.add_argument(
+        "--engine-args",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="more arguments for vllm.LLM, such as '{\"max_model_len\": 512}'",
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        metavar="DIR",
+        help="keep each run's full output there",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=1800, help="seconds for each run (1800)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the comparison that ``args`` asks for; return the exit code."""
+    _check(args)
+    config_file = args.config or args.model / "config.json"
+    config = ModelConfig.read(config_file)
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-")))
+        logs = args.logs or work
+        logs.mkdir(parents=True, exist_ok=True)
+        model = stack.enter_context(_model(args, config, work))
+        results = _run_all(_processes(args, config, model), config, logs, args.timeout)
+        verdict = _Verdict(results)
+        print(verdict.table())
+        if args.json:
+            report = verdict.report(args, config_file)
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if verdict.parity else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("tp", "baseline_tp", "control_tp", "layers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"{option} {value}: give a positive number.")
+    if args.model and args.layers:
+        raise UsageError(
+            "--layers shrinks a synthetic checkpoint: use it with --config."
+        )
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UsageError(f"--json {args.json}: its folder does not exist.")
+    if not isinstance(args.engine_args, dict):
+        raise UsageError("--engine-args: give a JSON object.")
+    if problem := plugin.unsupported():
+        raise UsageError(problem)
+
+
+@contextlib.contextmanager
+def _model(args: argparse.Namespace, config: ModelConfig, work: Path) -> Iterator[Path]:
+    if args.model:
+        yield args.model
+        return
+    from vllm_patch.cli.synthetic import write_checkpoint
+
+    if args.layers:
+        config = config.with_layers(args.layers)
+    directory = work / "checkpoint"
+    directory.mkdir()
+    _say(f"writing a synthetic checkpoint for {args.config}")
+    write_checkpoint(config, directory)
+    yield directory
+
+
+def _processes(
+    args: argparse.Namespace, config: ModelConfig, model: Path
+) -> dict[str, EngineProcess]:
+    """Return the four runs by role, in the order they are made."""
+    if config.cuts_experts(args.baseline_tp):
+        raise UsageError(
+            f"--baseline-tp {args.baseline_tp} cuts the quant blocks of experts of "
+            f"{config.expert_size} columns, so stock vLLM is no baseline there; give "
+            "a smaller size."
+        )
+    common: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "max_model_len": 2 * PROMPT_TOKENS,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "seed": 0,
+        **args.engine_args,
+    }
+    control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
+    # Expert parallelism keeps experts whole where the size would cut them.
+    whole = config.cuts_experts(control_tp)
+
+    def process(label: str, tp: int, patched: bool = False, **more) -> EngineProcess:
+        engine = {**common, "tensor_parallel_size": tp, **more}
+        return EngineProcess(label, engine, patched)
+
+    control = f"stock TP {control_tp}" + (" + expert parallel" if whole else "")
+    expert_parallel = {"enable_expert_parallel": True} if whole else {}
+    return {
+        "baseline": process(f"stock TP {args.baseline_tp}", args.baseline_tp),
+        "control": process(f"{control} (control)", control_tp, **expert_parallel),
+        "stock": process(f"stock TP {args.tp}", args.tp),
+        "patched": process(f"patched TP {args.tp}", args.tp, patched=True),
+    }
+
+
+def _control_tp(config: ModelConfig, tp: int, baseline_tp: int) -> int:
+    sizes = [n for n in (tp // 2, tp // 4, tp // 8, 2) if n > 1 and n != baseline_tp]
+    whole = [n for n in sizes if not config.cuts_experts(n)]
+    return (whole or sizes or [2])[0] if whole else 2
+
+
+def _prompts(vocab_size: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [
+        [draw.randrange(3, vocab_size) for _ in range(PROMPT_TOKENS)]
+        for _ in range(PROMPTS)
+    ]
+
+
+def _run_all(
+    processes: dict[str, EngineProcess],
+    config: ModelConfig,
+    logs: Path,
+    timeout: float,
+) -> dict[str, tuple[EngineProcess, EngineResult]]:
+    prompts = _prompts(config.vocab_size)
+    results = {}
+    for number, (role, process) in enumerate(processes.items(), start=1):
+        _say(f"[{number}/{len(processes)}] {process.label}")
+        result = engine_process.run(process, prompts, logs, timeout)
+        _say(f"      {result.seconds:.0f} s: {result.error or 'done'}")
+        results[role] = process, result
+    return results
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Verdict:
+    """The four results, compared."""
+
+    def __init__(self, results: dict[str, tuple[EngineProcess, EngineResult]]):
+        self.results = results
+        self.differences = {
+            role: comparison.difference(baseline.scores, result.scores)
+            for _, baseline in [results["baseline"]]
+            for role, (_, result) in results.items()
+            if role != "baseline" and baseline.scores and result.scores
+        }
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no parity, or None."""
+        for role in ("baseline", "control", "patched"):
+            process, result = self.results[role]
+            if result.error:
+                return f"{process.label} failed: {result.error}"
+        if self.results["patched"][1].padding is None:
+            return "the plugin padded nothing: this TP size cuts no quant block"
+        control, patched = self.differences["control"], self.differences["patched"]
+        if not comparison.holds(patched, control):
+            return "patched is farther from the baseline than noise explains"
+        return None
+
+    @property
+    def parity(self) -> bool:
+        return self.failure is None
+
+    def table(self) -> str:
+        width = max(len(process.label) for process, _ in self.results.values()) + 2
+        head = ("run", "result", "mean |dlogp|", "max |dlogp|", "top-1", "seconds")
+        lines = [_row(width, *head)]
+        for role, (process, result) in self.results.items():
+            outcome = "fails" if result.error else "serves"
+            gap = self.differences.get(role)
+            gaps = (
+                (f"{gap.mean:.4f}", f"{gap.max:.4f}", f"{gap.top1:.1%}")
+                if gap
+                else ("-", "-", "-")
+            )
+            lines.append(
+                _row(width, process.label, outcome, *gaps, f"{result.seconds:.0f}")
+            )
+        lines.append("")
+        stock_process, stock = self.results["stock"]
+        if stock.error:
+            lines.append(f"{stock_process.label}: {stock.error}")
+        if padding := self.results["patched"][1].padding:
+            lines.append(padding)
+        if "control" in self.differences:
+            mean, most = comparison.limits(self.differences["control"])
+            lines.append(f"limits, nats: mean {mean:.4f}, max {most:.4f}")
+        lines.append(f"NO PARITY: {self.failure}" if self.failure else "PARITY HOLDS")
+        return "\n".join(lines)
+
+    def report(self, args: argparse.Namespace, config_file: Path) -> dict[str, Any]:
+        """Return the result for machines."""
+        runs = {}
+        for role, (process, result) in self.results.items():
+            gap = self.differences.get(role)
+            runs[role] = {
+                "label": process.label,
+                "engine": process.engine,
+                "error": result.error,
+                "padding": result.padding,
+                "seconds": result.seconds,
+                "difference": dataclasses.asdict(gap) if gap else None,
+                **(result.scores or {}),
+            }
+        return {
+            "vllm_patch": __version__,
+            "config": str(config_file),
+            "tp": args.tp,
+            "layers": args.layers,
+            "parity": self.parity,
+            "failure": self.failure,
+            "runs": runs,
+        }
+
+
+def _row(width: int, label: str, outcome: str, *cells: str) -> str:
+    return f"{label:<{width}}{outcome:<8}" + "".join(f"{cell:>14}" for cell in cells)

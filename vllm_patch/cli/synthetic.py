@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a random block-FP8 checkpoint for any architecture Transformers knows.
+
+The weights mean nothing, but a wrong shard or scale shows: neighbouring quant
+blocks differ 10x in scale, and every layer's output is as large as its input.
+"""
+
+import json
+import math
+import re
+import zlib
+from pathlib import Path
+
+import torch
+
+from vllm_patch.cli.model_config import ModelConfig
+
+# What "10x between neighbours" multiplies the odd squares of a chequerboard by.
+SCALE_STEP = 10.0
+
+
+def write_checkpoint(config: ModelConfig, directory: Path) -> None:
+    """Write config.json, safetensors and a word-level tokenizer to ``directory``.
+
+    Args:
+        config: A block-FP8 config; its ``modules_to_not_convert`` decides what
+            stays in bfloat16.
+        directory: An existing directory.
+
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    _write_config(config, config.fields, directory)
+    shapes, linear = _tensor_shapes(directory)
+    skipped = config.fields["quantization_config"].get("modules_to_not_convert") or []
+    tensors: dict[str, torch.Tensor] = {}
+    unquantized = []
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and module in linear and not _matches(module, skipped):
+            weight, scale = _fp8_blocks(_generator(name), shape, config.block)
+            tensors[name] = weight
+            tensors[f"{module}.weight_scale_inv"] = scale
+        else:
+            tensors[name] = _bfloat16(_generator(name), name, shape)
+            unquantized += [module] if module != name else []
+    save_torch_state_dict(tensors, directory, max_shard_size="4GB")
+    fields = json.loads(json.dumps(config.fields))
+    fields["quantization_config"]["modules_to_not_convert"] = sorted(
+        {*skipped, *unquantized}
+    )
+    _write_config(config, fields, directory)
+    _write_tokenizer(config.vocab_size, directory)
+
+
+def _write_config(config: ModelConfig, fields: dict, directory: Path) -> None:
+    (directory / "config.json").write_text(json.dumps(fields, indent=2))
+
+
+def _tensor_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return checkpoint tensor names with shapes, and the quantizable modules."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = AutoConfig.from_pretrained(directory)
+    config.quantization_config = None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # Experts are fused in the model and apart in published checkpoints.
+    tensors = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    linear |= {n.removesuffix(".weight") for n in tensors if ".experts." in n}
+    return {name: tuple(t.shape) for name, t in tensors.items()}, linear
+
+
+def _matches(module: str, skipped: list[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in skipped)
+
+
+def _generator(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def _bfloat16(generator: torch.Generator, name: str, shape: tuple[int, ...]):
+    if len(shape) == 1 and re.search(r"norm\w*\.weight$", name):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    std = 1.0 if "embed" in name else 1 / math.sqrt(shape[-1])
+    return (torch.randn(shape, generator=generator) * std).bfloat16()
+
+
+def _fp8_blocks(
+    generator: torch.Generator, shape: tuple[int, ...], block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return an FP8 weight and its block scales, 10x apart between neighbours.
+
+    Args:
+        generator: Source of the values.
+        shape: ``[out, in]``.
+        block: Rows and columns of one quant block.
+
+    Returns:
+        float8_e4m3fn ``[out, in]`` and float32 ``[ceil(out / block),
+        ceil(in / block)]``.
+
+    """
+    rows, columns = (-(-size // block) for size in shape)
+    odd = (torch.arange(rows)[:, None] + torch.arange(columns)) % 2 == 1
+    step = torch.where(odd, SCALE_STEP, 1.0)
+    values = torch.randn(shape, generator=generator).clamp_(-4, 4)
+    weight = (values * (448 / 4)).to(torch.float8_e4m3fn)
+    # Unit gain: the mean square over both colours of the board is 1 / columns.
+    gain = 1 / math.sqrt(shape[1] * (1 + SCALE_STEP**2) / 2)
+    scale = step * (gain * 4 / 448)
+    return weight, scale.float()
+
+
+def _write_tokenizer(vocab_size: int, directory: Path) -> None:
+    """Write a tokenizer of words ``t0 t1 ...``, so that ``vllm serve`` starts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"t{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="t0", eos_token="t2"
+    ).save_pretrained(directory)
