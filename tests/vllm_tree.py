@@ -25,7 +25,9 @@ def fetch(release: str) -> Path:
         archive = Path(work) / "vllm.tar.gz"
         _download(release, archive)
         with tarfile.open(archive) as tar:
-            members = [m for m in tar if m.name.startswith(f"vllm-{release}/vllm/")]
+            # The package, and the metadata that vLLM reads its version from.
+            wanted = (f"vllm-{release}/vllm/", f"vllm-{release}/vllm.egg-info/")
+            members = [member for member in tar if member.name.startswith(wanted)]
             tar.extractall(work, members, filter="data")
         shutil.move(Path(work) / f"vllm-{release}", tree)
     return tree

@@ -82,7 +82,7 @@ def apply(patch: Patch) -> None:
     if patch.name in _originals:
         return
     owner, leaf = _owner(patch)
-    original = inspect.getattr_static(owner, leaf)
+    original = vars(owner)[leaf]
     _check(patch, original)
     module, _, function = patch.wrapper.partition(":")
     wrapper: Callable = getattr(importlib.import_module(module), function)
@@ -107,9 +107,10 @@ def _owner(patch: Patch) -> tuple[Any, str]:
     try:
         for part in path:
             owner = getattr(owner, part)
-        inspect.getattr_static(owner, leaf)
     except AttributeError as error:
         raise UnexpectedTarget(f"{patch.target} does not exist") from error
+    if leaf not in vars(owner):
+        raise UnexpectedTarget(f"{patch.target} does not exist")
     return owner, leaf
 
 

@@ -39,8 +39,9 @@ def register() -> None:
         wrapt.register_post_import_hook(
             functools.partial(_on_import, patch), patch.module
         )
-    # Read once: a wrong value must stop the start, not the loading of weights.
-    importlib.import_module("vllm.envs").VLLM_FP8_TP_PADDING  # noqa: B018
+    if _active:
+        # Read once: a wrong value must stop the start, not the loading of weights.
+        importlib.import_module("vllm.envs").VLLM_FP8_TP_PADDING  # noqa: B018
 
 
 def unregister() -> None:

@@ -1,5 +1,7 @@
 """Experts on the real vLLM classes: what the padded parameters hold."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -30,9 +32,7 @@ def method_name(layer) -> str:
     return type(layer.quant_method).__name__
 
 
-@pytest.mark.parametrize(("total", "tp_size"), SPLITS)
-def test_ranks_rebuild_the_checkpoint_exactly(plugin, total, tp_size):
-    checkpoint = Checkpoint.random(total)
+def check_that_ranks_rebuild(checkpoint: Checkpoint, total: int, tp_size: int) -> None:
     rebuilt = {s: torch.empty_like(checkpoint.dequantized(s)) for s in experts.SHARDS}
     size = total // tp_size
     cut = size % experts.BLOCK != 0
@@ -43,18 +43,50 @@ def test_ranks_rebuild_the_checkpoint_exactly(plugin, total, tp_size):
         load(layer, checkpoint)
         start = rank * size
         lead = start % experts.BLOCK
+        real = slice(lead, lead + size)
         for shard, whole in rebuilt.items():
             weight, scale = padded(layer, shard)
             mine = columns(experts.dequantize(weight, scale), shard)
-            columns(whole, shard)[..., start : start + size] = mine[
-                ..., lead : lead + size
-            ]
-            codes = columns(weight.view(torch.uint8), shard)
-            assert not codes[..., :lead].any()
-            assert not codes[..., lead + size :].any()
-            assert torch.isfinite(scale).all()
+            columns(whole, shard)[..., start : start + size] = mine[..., real]
+            codes = columns(weight.view(torch.uint8), shard).clone()
+            codes[..., real] = 0
+            assert not codes.any(), "padding must be zero"
+            assert torch.isfinite(scale).all(), "scales must be finite"
     for shard, whole in rebuilt.items():
         assert torch.equal(whole, checkpoint.dequantized(shard)), shard
+
+
+@pytest.mark.parametrize(("total", "tp_size"), SPLITS)
+def test_ranks_rebuild_the_checkpoint_exactly(plugin, total, tp_size):
+    check_that_ranks_rebuild(Checkpoint.random(total), total, tp_size)
+
+
+@pytest.mark.parametrize(("total", "tp_size"), [(1536, 8), (640, 8), (1408, 8)])
+def test_the_check_sees_padding_at_the_tail_only(plugin, monkeypatch, total, tp_size):
+    """What everyone tries first; wrong for each rank that starts inside a block."""
+    from vllm_patch.fp8_tp_padding import moe
+
+    def tail_only(*args):
+        return dataclasses.replace(block_shard(*args), lead=0)
+
+    monkeypatch.setattr(moe, "block_shard", tail_only)
+    with pytest.raises(AssertionError):
+        check_that_ranks_rebuild(Checkpoint.random(total), total, tp_size)
+
+
+def test_the_check_sees_padding_left_uninitialised(plugin, monkeypatch):
+    from vllm_patch.fp8_tp_padding.expert_loader import ExpertParameter
+
+    def load_real_part_only(self, expert_data, shard_id, tensor):
+        window = self.window
+        first = self.slots[shard_id] * window.span + window.lead
+        expert_data.narrow(self.dim, first, window.size).copy_(
+            tensor.narrow(self.dim, window.start, window.size)
+        )
+
+    monkeypatch.setattr(ExpertParameter, "load", load_real_part_only)
+    with pytest.raises(AssertionError, match="padding must be zero"):
+        check_that_ranks_rebuild(Checkpoint.random(1536), 1536, 8)
 
 
 def stored(layer) -> dict[str, torch.Tensor]:

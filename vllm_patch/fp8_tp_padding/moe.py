@@ -46,9 +46,8 @@ def needs_padding(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
     if obstacle is None:
         return True
     logger.warning_once(
-        "%s experts of %d / TP %d = %d columns cut the quant blocks %s and are "
-        "left to stock vLLM: %s.",
-        "FP8",
+        "FP8 TP padding is off for experts of %d / TP %d = %d columns, which cut the "
+        "quant blocks %s; they are left to stock vLLM: %s.",
         moe.intermediate_size,
         moe.tp_size,
         size,
@@ -190,13 +189,14 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
             ExpertParameter(w2_scale, scale_shapes[1], 1, blocks, down, True),
         ]
         if self.moe.has_bias:
-            # Optional as in vLLM, which starts biases at zero. The bias of w2
-            # is not sharded and keeps vLLM's loader.
-            parameters.append(
+            # Optional as in vLLM, which starts biases at zero.
+            whole = Window(hidden, 0, hidden, 0, hidden)
+            parameters += [
                 ExpertParameter(
-                    "w13_bias", (total,), 0, columns, gate_up, required=False
-                )
-            )
+                    "w13_bias", (total,), 0, columns, gate_up, False, False
+                ),
+                ExpertParameter("w2_bias", (hidden,), 0, whole, down, False, False),
+            ]
         return parameters
 
     def _record(self, num_experts: int, hidden_size: int) -> None:

@@ -1,0 +1,112 @@
+"""The padded experts compute what the unsharded ones do, on vLLM's own kernel."""
+
+import pytest
+import torch
+
+from tests.vllm_on_cpu import experts
+from tests.vllm_on_cpu.experts import BLOCK, Checkpoint, build, load
+
+TOKENS, EXPERTS, TOP_K, HIDDEN = 5, 3, 2, 256
+
+
+def fake_quantize(x: torch.Tensor) -> torch.Tensor:
+    """Round one activation group to FP8 and back, as vLLM does before a GEMM."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def groups_of_rank(start: int, size: int) -> list[slice]:
+    """Cut a rank's columns where the checkpoint's blocks end."""
+    cuts = [start, *range(-(-(start + 1) // BLOCK) * BLOCK, start + size, BLOCK)]
+    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], start + size], strict=True)]
+
+
+def reference(checkpoint, total, tp_size, x, topk_weights, topk_ids):
+    """All experts in float32, with activations quantized in the ranks' groups."""
+    gate, up, down = (checkpoint.dequantized(shard) for shard in ("w1", "w3", "w2"))
+    x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1)
+    size = total // tp_size
+    out = torch.zeros(x.shape)
+    for token, slot in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)):
+        expert = topk_ids[token, slot]
+        hidden = torch.nn.functional.silu(gate[expert] @ x[token])
+        hidden *= up[expert] @ x[token]
+        for rank in range(tp_size):
+            for group in groups_of_rank(rank * size, size):
+                hidden[group] = fake_quantize(hidden[group])
+        out[token] += topk_weights[token, slot] * (down[expert] @ hidden)
+    return out
+
+
+def routing():
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float32)
+    logits = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float32)
+    weights, ids = logits.softmax(-1).topk(TOP_K, -1)
+    return x, weights, ids.to(torch.int32)
+
+
+def relative_error(value, expected):
+    return ((value.float() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("total", "tp_size"),
+    [
+        (1536, 8),  # leads of 0 and 64
+        (640, 8),  # 80 columns: some ranks straddle a block boundary
+        (1408, 8),  # 176 columns: some straddle two
+        (512, 8),  # 64 columns: less than a block
+    ],
+)
+def test_ranks_sum_to_the_reference(plugin, total, tp_size):
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
+    x, weights, ids = routing()
+    summed = torch.zeros(TOKENS, HIDDEN)
+    for rank in range(tp_size):
+        kwargs = {"experts": EXPERTS, "hidden": HIDDEN, "dtype": torch.float32}
+        layer = build(total, tp_size, rank, **kwargs)
+        experts.poison(layer)
+        load(layer, checkpoint)
+        experts.process(layer, tp_size, rank, torch.float32)
+        with experts.rank_of(tp_size, rank, torch.float32):
+            summed += fused_experts(
+                x,
+                layer.w13_weight,
+                layer.w2_weight,
+                weights,
+                ids,
+                quant_config=layer.quant_method.moe_quant_config,
+            )
+    expected = reference(checkpoint, total, tp_size, x, weights, ids)
+    assert relative_error(summed, expected) < 1e-5
+
+
+def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
+    layer = build(total, tp_size, rank, experts=EXPERTS, hidden=HIDDEN)
+    experts.poison(layer)
+    load(layer, checkpoint)
+    experts.process(layer, tp_size, rank)
+    with experts.rank_of(tp_size, rank):
+        output = layer.quant_method.apply(
+            layer, x.bfloat16(), weights.clone(), ids.clone(), None, None
+        )
+    return (output[0] if isinstance(output, tuple) else output).float()
+
+
+def test_the_layers_own_path_is_as_exact_as_an_aligned_one(plugin):
+    """bfloat16 rounds between the GEMMs, so stock at TP 4 says how much."""
+    checkpoint = Checkpoint.random(1536, experts=EXPERTS, hidden=HIDDEN)
+    inputs = routing()
+    errors = {}
+    for tp_size in (4, 8):
+        summed = sum(
+            layer_output(1536, tp_size, rank, checkpoint, *inputs)
+            for rank in range(tp_size)
+        )
+        x, weights, ids = inputs
+        expected = reference(checkpoint, 1536, tp_size, x.bfloat16(), weights, ids)
+        errors[tp_size] = relative_error(summed, expected)
+    assert errors[8] < 1.5 * errors[4]

@@ -1,0 +1,33 @@
+"""The table, the code and the README say the same."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from vllm_patch import releases
+from vllm_patch.patch_table import PATCHES
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_every_row_names_code_that_exists(patch):
+    module, _, function = patch.wrapper.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    owner = importlib.import_module(patch.module)
+    for part in patch.attribute.split("."):
+        owner = getattr(owner, part)
+
+
+def test_readme_lists_every_row():
+    rows = [
+        f"| `{patch.name}` | `{patch.target}` | {patch.why} | {patch.until} |"
+        for patch in PATCHES
+    ]
+    assert "\n".join(rows) in README.read_text()
+
+
+def test_readme_names_the_supported_releases():
+    first, last = releases.SUPPORTED[0], releases.SUPPORTED[-1]
+    assert f"vLLM {first} to {last}" in README.read_text()

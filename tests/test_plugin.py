@@ -1,0 +1,148 @@
+"""What ``register`` does to a vLLM, and when it keeps its hands off."""
+
+import json
+import logging
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+
+from vllm_patch import patch_table, releases
+from vllm_patch import plugin as plugin_module
+
+TARGETS = {patch.name: patch for patch in patch_table.PATCHES}
+
+
+@pytest.fixture
+def fp8_config():
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    return Fp8Config
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Return the plugin's warnings so far, as a function of no arguments."""
+    caplog.set_level(logging.WARNING, "vllm.vllm_patch")
+    return lambda: [r for r in caplog.records if r.name == "vllm.vllm_patch"]
+
+
+def test_register_is_idempotent_and_reversible(fp8_config):
+    import vllm.envs
+
+    stock, variables = fp8_config.get_quant_method, vllm.envs.environment_variables
+    for _ in range(2):
+        plugin_module.register()
+        patched = fp8_config.get_quant_method
+        plugin_module.register()
+        assert fp8_config.get_quant_method is patched is not stock
+        assert vllm.envs.VLLM_FP8_TP_PADDING == "auto"
+        plugin_module.unregister()
+        assert fp8_config.get_quant_method is stock
+        assert vllm.envs.environment_variables is variables
+        plugin_module.unregister()
+
+
+def test_unknown_value_of_the_variable_stops_the_start(monkeypatch):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "on")
+    with pytest.raises(ValueError, match="'on' for VLLM_FP8_TP_PADDING.*'auto', 'off'"):
+        plugin_module.register()
+    plugin_module.unregister()
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.1", "0.34.0", "dev", "0.33.0rc1"])
+def test_unknown_release_stays_stock(fp8_config, monkeypatch, warnings, version):
+    import vllm
+
+    stock = fp8_config.get_quant_method
+    monkeypatch.setattr(vllm, "__version__", version)
+    plugin_module.register()
+    assert fp8_config.get_quant_method is stock
+    (warning,) = warnings()
+    assert (
+        f"inactive and vLLM stays stock: this is vLLM {version}, and 0.26.0 to 0.33.0 "
+        "are supported. Install a supported release, or a newer vllm-patch."
+    ) in warning.getMessage()
+
+
+def test_local_builds_of_a_release_are_that_release():
+    assert releases.is_supported("0.32.0+cpu")
+    assert releases.is_supported("0.33.0+cu130")
+
+
+def test_only_the_first_process_warns(monkeypatch, warnings):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: "somebody")
+    plugin_module.register()
+    assert not warnings()
+
+
+def test_missing_vllm_is_one_clear_line(monkeypatch, warnings):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    plugin_module.register()
+    (warning,) = warnings()
+    assert "vLLM is not installed in this environment" in warning.getMessage()
+
+
+def test_another_signature_stays_stock(fp8_config, monkeypatch, warnings):
+    def get_quant_method(self, layer, prefix, extra):
+        raise AssertionError("not called")
+
+    monkeypatch.setattr(fp8_config, "get_quant_method", get_quant_method)
+    plugin_module.register()
+    assert fp8_config.get_quant_method is get_quant_method
+    (warning,) = warnings()
+    assert "takes ('self', 'layer', 'prefix', 'extra'), expected" in (
+        warning.getMessage()
+    )
+
+
+def test_somebody_elses_replacement_is_named_and_kept(
+    fp8_config, monkeypatch, warnings
+):
+    def get_quant_method(self, layer, prefix):
+        raise AssertionError("not called")
+
+    monkeypatch.setattr(fp8_config, "get_quant_method", get_quant_method)
+    plugin_module.register()
+    assert fp8_config.get_quant_method is get_quant_method
+    (warning,) = warnings()
+    assert f"was already replaced by {__name__}, so vllm_patch leaves it alone" in (
+        warning.getMessage()
+    )
+
+
+def test_a_target_that_is_gone_stays_stock(fp8_config, monkeypatch, warnings):
+    monkeypatch.delattr(fp8_config, "get_quant_method")
+    plugin_module.register()
+    (warning,) = warnings()
+    assert f"{TARGETS['moe'].target} does not exist" in warning.getMessage()
+
+
+def test_a_process_without_fp8_imports_nothing_for_it():
+    """And FP8 is patched as soon as it is imported."""
+    script = """
+import json, sys
+import vllm, vllm_patch.plugin
+before = set(sys.modules)
+vllm_patch.plugin.register()
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    imported = json.loads(done.stdout.splitlines()[-1])
+    assert imported == ["vllm_patch.wrappers"]
+
+
+def test_importing_the_package_does_nothing():
+    script = (
+        "import sys, vllm_patch; print([m for m in sys.modules if m[:4] == 'vllm'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "['vllm_patch']"
