@@ -1,0 +1,80 @@
+"""What parity reads from a config.json, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli.model_config import ModelConfig
+
+QWEN3_MOE = Path(__file__).parent.parent / "models" / "qwen3_moe_1536.json"
+
+
+@pytest.fixture
+def fields():
+    return json.loads(QWEN3_MOE.read_text())
+
+
+def write(tmp_path, fields) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields))
+    return file
+
+
+def test_sizes():
+    config = ModelConfig.read(QWEN3_MOE)
+    assert (config.block, config.vocab_size, config.expert_size) == (128, 4096, 1536)
+    assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts_experts(tp)] == [8, 16]
+
+
+def test_a_nested_language_model(tmp_path, fields):
+    quantization = fields.pop("quantization_config")
+    nested = {"text_config": fields, "quantization_config": quantization}
+    config = ModelConfig.read(write(tmp_path, nested))
+    assert config.expert_size == 1536
+    assert config.with_layers(1).text["num_hidden_layers"] == 1
+
+
+def test_experts_under_the_dense_name(tmp_path, fields):
+    del fields["moe_intermediate_size"]
+    assert ModelConfig.read(write(tmp_path, fields)).expert_size is None
+    fields["num_local_experts"] = 8
+    assert ModelConfig.read(write(tmp_path, fields)).expert_size == 2048
+
+
+def test_layers_are_cut_with_their_types(tmp_path, fields):
+    fields["layer_types"] = ["full_attention", "linear_attention"]
+    config = ModelConfig.read(write(tmp_path, fields))
+    assert config.with_layers(1).text["layer_types"] == ["full_attention"]
+    with pytest.raises(UsageError, match="--layers 3: .* has 2 layers; give 1 to 2"):
+        config.with_layers(3)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UsageError, match="none.json: No such file or directory"):
+        ModelConfig.read(tmp_path / "none.json")
+
+
+def test_not_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="config.json is not JSON"):
+        ModelConfig.read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        (None, "has quant_method = None and weight_block_size = None"),
+        ({"quant_method": "awq"}, "has quant_method = 'awq'"),
+        ({"quant_method": "fp8"}, "weight_block_size = None; parity needs"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 64]},
+            r"weight_block_size = \[128, 64\]; blocks must be square",
+        ),
+    ],
+)
+def test_other_quantization_is_refused(tmp_path, fields, quantization, message):
+    fields["quantization_config"] = quantization
+    with pytest.raises(UsageError, match=message):
+        ModelConfig.read(write(tmp_path, fields))

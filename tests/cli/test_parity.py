@@ -1,0 +1,241 @@
+"""The parity command around the engine: arguments, processes, verdict."""
+
+import json
+import os
+import time
+
+import pytest
+
+from tests.cli.test_model_config import QWEN3_MOE
+from vllm_patch.cli import engine_process, parity
+from vllm_patch.cli.engine_process import EngineResult
+from vllm_patch.cli.main import main
+
+SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
+PADDING = "FP8 TP padding is on: 2 MoE layers"
+
+
+def shifted(by: float) -> dict:
+    return {**SCORES, "logprobs": [value + by for value in SCORES["logprobs"]]}
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    """An engine that gives prepared results; returns what it was asked to run."""
+
+    class Engine:
+        results = {
+            "stock TP 1": (SCORES, None, None),
+            "stock TP 4 (control)": (shifted(0.01), None, None),
+            "stock TP 8": (None, "ValueError: 192 is not divisible", None),
+            "patched TP 8": (shifted(0.01), None, PADDING),
+        }
+        asked = []
+
+    def run(process, prompts, directory, timeout):
+        Engine.asked.append((process, prompts))
+        scores, error, padding = Engine.results[process.label]
+        return EngineResult(scores, error, padding, 1.0, tmp_path / "log")
+
+    monkeypatch.setattr(engine_process, "run", run)
+    Engine.asked = []
+    Engine.results = dict(Engine.results)
+    return Engine
+
+
+@pytest.fixture
+def model(tmp_path):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text(QWEN3_MOE.read_text())
+    return directory
+
+
+def run(model, *arguments) -> int:
+    return main(["parity", "--model", str(model), "--tp", "8", *arguments])
+
+
+def test_parity_holds(engine, model, capsys):
+    assert run(model) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == [
+        *("run", "result", "mean", "|dlogp|", "max", "|dlogp|", "top-1", "seconds")
+    ]
+    assert "stock TP 8: ValueError: 192 is not divisible" in out
+    assert PADDING in out
+    assert out.endswith("PARITY HOLDS\n")
+
+
+@pytest.mark.parametrize(
+    ("role", "result", "failure"),
+    [
+        (
+            "patched TP 8",
+            (shifted(0.5), None, PADDING),
+            "patched is farther from the baseline than noise explains",
+        ),
+        (
+            "patched TP 8",
+            (None, "ValueError: broken", None),
+            "patched TP 8 failed: ValueError: broken",
+        ),
+        (
+            "patched TP 8",
+            (SCORES, None, None),
+            "the plugin padded nothing: this TP size cuts no quant block",
+        ),
+        (
+            "stock TP 1",
+            (None, "OSError: gone", None),
+            "stock TP 1 failed: OSError: gone",
+        ),
+        (
+            "stock TP 4 (control)",
+            (None, "no result after 5 s", None),
+            "stock TP 4 (control) failed: no result after 5 s",
+        ),
+    ],
+)
+def test_no_parity_says_why(engine, model, capsys, role, result, failure):
+    engine.results[role] = result
+    assert run(model) == 1
+    assert capsys.readouterr().out.endswith(f"NO PARITY: {failure}\n")
+
+
+def test_stock_may_serve_too(engine, model):
+    """From 0.29 on stock has a slower way on some GPUs."""
+    engine.results["stock TP 8"] = (SCORES, None, None)
+    assert run(model) == 0
+
+
+def test_json_for_machines(engine, model, tmp_path):
+    out = tmp_path / "out.json"
+    assert run(model, "--json", str(out)) == 0
+    report = json.loads(out.read_text())
+    assert report["parity"] is True
+    assert report["runs"]["stock"]["error"] == "ValueError: 192 is not divisible"
+    assert report["runs"]["patched"]["difference"]["mean"] == pytest.approx(0.01)
+    assert report["runs"]["patched"]["engine"]["tensor_parallel_size"] == 8
+
+
+def test_what_the_engine_is_asked_for(engine, model):
+    assert run(model, "--engine-args", '{"max_model_len": 512}') == 0
+    processes = [process for process, _ in engine.asked]
+    assert [p.patched for p in processes] == [False, False, False, True]
+    assert {p.engine["max_model_len"] for p in processes} == {512}
+    prompts = [prompts for _, prompts in engine.asked]
+    assert all(each == prompts[0] for each in prompts)
+    assert sum(len(prompt) - 1 for prompt in prompts[0]) == 760
+
+
+def test_a_control_that_cuts_experts_keeps_them_whole(engine, model, capsys):
+    """640 / 2 cuts a block: then the noise comes from expert parallelism."""
+    fields = json.loads(QWEN3_MOE.read_text())
+    fields["moe_intermediate_size"] = 640
+    (model / "config.json").write_text(json.dumps(fields))
+    label = "stock TP 2 + expert parallel (control)"
+    engine.results[label] = engine.results["stock TP 4 (control)"]
+    assert run(model) == 0
+    control = next(p for p, _ in engine.asked if p.label == label)
+    assert control.engine["enable_expert_parallel"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tp", "0"], "--tp 0: give a positive number."),
+        (["--layers", "1"], "--layers shrinks a synthetic checkpoint"),
+        (["--json", "/nowhere/out.json"], "its folder does not exist"),
+        (["--engine-args", "[]"], "--engine-args: give a JSON object."),
+        (["--baseline-tp", "8"], "--baseline-tp 8 cuts the quant blocks of experts"),
+        (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(engine, model, capsys, arguments, message):
+    assert run(model, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not engine.asked
+
+
+def test_a_folder_without_a_model(engine, tmp_path, capsys):
+    assert run(tmp_path) == 2
+    assert "config.json: No such file or directory" in capsys.readouterr().err
+
+
+def test_stock_runs_load_no_plugin_of_ours(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "auto")
+    stock = engine_process.environment(patched=False)
+    assert "vllm_patch" not in stock["VLLM_PLUGINS"].split(",")
+    assert "VLLM_FP8_TP_PADDING" not in stock
+    assert "VLLM_PLUGINS" not in engine_process.environment(patched=True)
+
+
+def test_other_plugins_stay(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other,vllm_patch")
+    assert engine_process.environment(patched=False)["VLLM_PLUGINS"] == "other"
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    allowed = engine_process.environment(patched=True)["VLLM_PLUGINS"]
+    assert set(allowed.split(",")) == {"other", "vllm_patch"}
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        (
+            (
+                "(Worker pid=1) ERROR [x.py:9]     raise ValueError(f'192')\n"
+                "(Worker pid=1) ERROR [x.py:9] ValueError: 192 is not divisible\n"
+                "RuntimeError: Engine core initialization failed.\n"
+            ),
+            "ValueError: 192 is not divisible",
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", None),
+        ("Killed\n", "exit code 3 without an error"),
+    ],
+)
+def test_the_engines_own_error_is_found(tmp_path, monkeypatch, log, error):
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\ncat <<'END'\n{log}END\nexit 3\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(engine_process.sys, "executable", str(child))
+    process = engine_process.EngineProcess("stock TP 8", {})
+    result = engine_process.run(process, [], tmp_path, timeout=30)
+    assert result.error == (error or log.strip())
+    assert result.log.read_text() == log
+
+
+def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):
+    child = tmp_path / "python"
+    child.write_text("#!/bin/sh\nsleep 600 & echo $! > worker\nwait\n")
+    child.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine_process.sys, "executable", str(child))
+    monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0.5)
+    process = engine_process.EngineProcess("stock TP 8", {})
+    result = engine_process.run(process, [], tmp_path, timeout=1)
+    assert result.error == "no result after 1 s"
+    worker = int((tmp_path / "worker").read_text())
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(worker, 0)
+
+
+def test_status_prints_the_table(capsys):
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "active      yes" in out
+    assert "Fp8Config.get_quant_method" in out
+
+
+def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.1.0")
+    assert run(model) == 2
+    assert "this is vLLM 0.1.0, and 0.26.0 to 0.33.0" in capsys.readouterr().err
+
+
+def test_prompts_are_fixed():
+    assert parity._prompts(4096) == parity._prompts(4096)
