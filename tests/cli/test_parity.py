@@ -38,6 +38,7 @@ def engine(monkeypatch, tmp_path):
         return EngineResult(scores, error, padding, 1.0, tmp_path / "log")
 
     monkeypatch.setattr(engine_process, "run", run)
+    monkeypatch.setattr(parity, "_on_cpu", lambda: False)
     Engine.asked = []
     Engine.results = dict(Engine.results)
     return Engine
@@ -128,16 +129,37 @@ def test_what_the_engine_is_asked_for(engine, model):
     assert sum(len(prompt) - 1 for prompt in prompts[0]) == 760
 
 
-def test_a_control_that_cuts_experts_keeps_them_whole(engine, model, capsys):
+def resize(model, **fields) -> None:
+    config = {**json.loads(QWEN3_MOE.read_text()), **fields}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+CUT_CONTROL = "stock TP 2 + expert parallel (control)"
+
+
+def test_a_control_that_cuts_experts_keeps_them_whole(engine, model):
     """640 / 2 cuts a block: then the noise comes from expert parallelism."""
-    fields = json.loads(QWEN3_MOE.read_text())
-    fields["moe_intermediate_size"] = 640
-    (model / "config.json").write_text(json.dumps(fields))
-    label = "stock TP 2 + expert parallel (control)"
-    engine.results[label] = engine.results["stock TP 4 (control)"]
+    resize(model, moe_intermediate_size=640)
+    engine.results[CUT_CONTROL] = engine.results["stock TP 4 (control)"]
     assert run(model) == 0
-    control = next(p for p, _ in engine.asked if p.label == label)
+    control = next(p for p, _ in engine.asked if p.label == CUT_CONTROL)
     assert control.engine["enable_expert_parallel"] is True
+
+
+def test_a_control_of_an_odd_size_is_found(engine, model):
+    """640 is five blocks: TP 5 keeps them whole if the heads can be divided."""
+    resize(model, moe_intermediate_size=640, num_attention_heads=40)
+    engine.results["stock TP 5 (control)"] = engine.results["stock TP 4 (control)"]
+    assert run(model) == 0
+
+
+def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "_on_cpu", lambda: True)
+    resize(model, moe_intermediate_size=640)
+    assert run(model) == 2
+    assert "--control-tp 2 cuts the quant blocks of experts of 640 columns, and" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,6 +213,17 @@ def test_other_plugins_stay(monkeypatch):
             "ValueError: 192 is not divisible",
         ),
         ("torch.OutOfMemoryError: CUDA out of memory\n", None),
+        (
+            (
+                "(Core) ERROR [m.py:3] Worker proc VllmWorker-0 died unexpectedly "
+                "(exit code: -11)\nRuntimeError: cancelled\n"
+            ),
+            "Worker proc VllmWorker-0 died unexpectedly (exit code: -11)",
+        ),
+        (
+            "(Main) WARNING [y.py:3] ValueError: survived\nOSError: gone\n",
+            "OSError: gone",
+        ),
         ("Killed\n", "exit code 3 without an error"),
     ],
 )

@@ -26,7 +26,11 @@ ENVIRONMENT = {
 }
 OWN_PLUGIN = "vllm_patch"
 HEARTBEAT_SECONDS = 30
-_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+# vLLM logs some errors that it survives as warnings.
+_ERROR_LINE = re.compile(
+    r"^(?!.*\bWARNING\b).*?(?:^|\s)"
+    r"((?:\w+\.)*\w*(?:Error|Exception): .+|Worker proc \S+ died unexpectedly.*)$"
+)
 _PADDED_LINE = re.compile(r"(FP8 TP padding is on: .+)$")
 
 

@@ -44,8 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--control-tp",
         type=int,
-        help="default: the largest below --tp that keeps quant blocks whole, else 2 "
-        "with expert parallelism",
+        help="default: the largest below --tp that keeps experts in whole quant "
+        "blocks, else 2 with expert parallelism",
     )
     parser.add_argument("--layers", type=int, help="keep only the first N layers")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result")
@@ -133,7 +133,6 @@ def _processes(
         )
     common: dict[str, Any] = {
         "model": str(model),
-        "skip_tokenizer_init": True,
         "max_model_len": 2 * PROMPT_TOKENS,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
@@ -143,6 +142,12 @@ def _processes(
     control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
     # Expert parallelism keeps experts whole where the size would cut them.
     whole = config.cuts_experts(control_tp)
+    if whole and _on_cpu():
+        raise UsageError(
+            f"--control-tp {control_tp} cuts the quant blocks of experts of "
+            f"{config.expert_size} columns, and vLLM has no expert parallelism on a "
+            "CPU to keep them whole; give a size that divides them into whole blocks."
+        )
 
     def process(label: str, tp: int, patched: bool = False, **more) -> EngineProcess:
         engine = {**common, "tensor_parallel_size": tp, **more}
@@ -159,9 +164,19 @@ def _processes(
 
 
 def _control_tp(config: ModelConfig, tp: int, baseline_tp: int) -> int:
-    sizes = [n for n in (tp // 2, tp // 4, tp // 8, 2) if n > 1 and n != baseline_tp]
-    whole = [n for n in sizes if not config.cuts_experts(n)]
-    return (whole or sizes or [2])[0] if whole else 2
+    heads = config.text["num_attention_heads"]
+    whole = [
+        size
+        for size in range(2, tp)
+        if size != baseline_tp and heads % size == 0 and not config.cuts_experts(size)
+    ]
+    return max(whole, default=2)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _prompts(vocab_size: int) -> list[list[int]]:

