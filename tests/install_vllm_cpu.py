@@ -17,9 +17,9 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 
 def pip_install(*arguments: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", *arguments], check=True
-    )
+    # What is left out below is a conflict to pip.
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-warn-conflicts"]
+    subprocess.run([*command, *arguments], check=True)
 
 
 def dependencies() -> list[str]:

@@ -134,16 +134,33 @@ def resize(model, **fields) -> None:
     (model / "config.json").write_text(json.dumps(config))
 
 
-CUT_CONTROL = "stock TP 2 + expert parallel (control)"
-
-
 def test_a_control_that_cuts_experts_keeps_them_whole(engine, model):
-    """640 / 2 cuts a block: then the noise comes from expert parallelism."""
+    """640 / 2 and 640 / 4 cut a block: the noise comes from expert parallelism."""
     resize(model, moe_intermediate_size=640)
-    engine.results[CUT_CONTROL] = engine.results["stock TP 4 (control)"]
+    label = "stock TP 8 + expert parallel (control)"
+    engine.results[label] = engine.results["stock TP 4 (control)"]
     assert run(model) == 0
-    control = next(p for p, _ in engine.asked if p.label == CUT_CONTROL)
+    control = next(p for p, _ in engine.asked if p.label == label)
     assert control.engine["enable_expert_parallel"] is True
+
+
+def test_a_synthetic_control_is_widened_instead(engine, tmp_path, monkeypatch):
+    resize(tmp_path, moe_intermediate_size=640)
+    label = "stock TP 8, experts of 1024 (control)"
+    engine.results[label] = engine.results["stock TP 4 (control)"]
+    written = {}
+
+    def write(config, directory, expert_size=None):
+        written[str(directory)] = expert_size
+        return directory
+
+    monkeypatch.setattr(parity, "_write", write)
+    config = str(tmp_path / "config.json")
+    assert main(["parity", "--config", config, "--tp", "8"]) == 0
+    models = {p.label: p.engine["model"] for p, _ in engine.asked}
+    assert written[models[label]] == 1024
+    assert written[models["stock TP 1"]] is None
+    assert models["stock TP 1"] == models["patched TP 8"]
 
 
 def test_a_control_of_an_odd_size_is_found(engine, model):
@@ -157,7 +174,7 @@ def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
     monkeypatch.setattr(parity, "_on_cpu", lambda: True)
     resize(model, moe_intermediate_size=640)
     assert run(model) == 2
-    assert "--control-tp 2 cuts the quant blocks of experts of 640 columns, and" in (
+    assert "--control-tp 8 cuts the quant blocks of experts of 640 columns, and" in (
         capsys.readouterr().err
     )
 

@@ -20,8 +20,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tensors(checkpoint):
-    with safe_open(checkpoint / "model.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return read(checkpoint)
 
 
 def test_tensors_are_those_of_a_published_checkpoint(tensors):
@@ -55,3 +54,27 @@ def test_what_is_not_quantized_is_listed(checkpoint):
     assert "model.layers.0.mlp.gate" in skipped
     assert not [name for name in skipped if "experts" in name or "proj" in name]
     assert config["num_hidden_layers"] == 1
+
+
+def read(directory) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_widened_experts_hold_the_same_numbers_and_zeros(tensors, tmp_path):
+    config = ModelConfig.read(QWEN3_MOE).with_layers(1)
+    write_checkpoint(config, tmp_path, expert_size=2048)
+    assert ModelConfig.read(tmp_path / "config.json").expert_size == 2048
+    widened = read(tmp_path)
+    assert widened.keys() == tensors.keys()
+    for name, wide in widened.items():
+        tensor = tensors[name]
+        rows, columns = (*tensor.shape, 1)[:2]
+        wide = wide.float().reshape(wide.shape[0], -1)
+        tensor = tensor.float().reshape(tensor.shape[0], -1)
+        assert torch.equal(wide[:rows, :columns], tensor), name
+        value = 1.0 if name.endswith("_scale_inv") else 0.0
+        assert (wide[rows:] == value).all() and (wide[:, columns:] == value).all()
+    down = "model.layers.0.mlp.experts.0.down_proj"
+    assert widened[f"{down}.weight"].shape == (1024, 2048)
+    assert widened[f"{down}.weight_scale_inv"].shape == (8, 16)

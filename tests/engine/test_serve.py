@@ -1,7 +1,6 @@
 """The front door: ``vllm serve`` of the installed vLLM, over HTTP, at a cut size."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -32,10 +31,7 @@ START_SECONDS = 600
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A Qwen3-MoE model with experts of 384 columns: 192 at TP 2."""
-    config = ModelConfig.read(QWEN3_MOE).with_layers(1)
-    config = dataclasses.replace(
-        config, fields={**config.fields, "moe_intermediate_size": 384}
-    )
+    config = ModelConfig.read(QWEN3_MOE).with_layers(1).with_expert_size(384)
     directory = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(config, directory)
     return directory

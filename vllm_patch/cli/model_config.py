@@ -52,22 +52,31 @@ class ModelConfig:
                 f"--layers {layers}: {self.path} has {available} layers; "
                 f"give 1 to {available}."
             )
-        fields = json.loads(json.dumps(self.fields))
-        text = fields.get("text_config", fields)
-        text["num_hidden_layers"] = layers
-        if text.get("layer_types"):
-            text["layer_types"] = text["layer_types"][:layers]
-        return ModelConfig(self.path, fields)
+        changes = {"num_hidden_layers": layers}
+        if self.text.get("layer_types"):
+            changes["layer_types"] = self.text["layer_types"][:layers]
+        return self._with_text(**changes)
+
+    def _with_text(self, **changes: Any) -> "ModelConfig":
+        text = {**self.text, **changes}
+        nested = {**self.fields, "text_config": text}
+        return ModelConfig(self.path, nested if "text_config" in self.fields else text)
 
     @property
     def expert_size(self) -> int | None:
         """Intermediate size of one routed expert, or None without experts."""
+        return self.text[self._expert_size_field] if self._expert_size_field else None
+
+    @property
+    def _expert_size_field(self) -> str | None:
         if "moe_intermediate_size" in self.text:
-            return self.text["moe_intermediate_size"]
+            return "moe_intermediate_size"
         # Mixtral and MiniMax use the dense model's name.
-        if "num_local_experts" in self.text:
-            return self.text["intermediate_size"]
-        return None
+        return "intermediate_size" if "num_local_experts" in self.text else None
+
+    def with_expert_size(self, size: int) -> "ModelConfig":
+        """Return the config with experts of ``size`` columns."""
+        return self._with_text(**{self._expert_size_field: size})
 
     def cuts_experts(self, tp: int) -> bool:
         """Whether ``tp`` cuts an expert inside a quant block."""

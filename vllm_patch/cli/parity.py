@@ -2,13 +2,11 @@
 """``vllm-patch parity``: does the patched engine answer as stock vLLM does?"""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--control-tp",
         type=int,
         help="default: the largest below --tp that keeps experts in whole quant "
-        "blocks, else 2 with expert parallelism",
+        "blocks, else --tp itself, for experts widened with zeros (--config) or with "
+        "expert parallelism (--model)",
     )
     parser.add_argument("--layers", type=int, help="keep only the first N layers")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result")
@@ -73,17 +72,18 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     config_file = args.config or args.model / "config.json"
     config = ModelConfig.read(config_file)
-    with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="parity-")))
+    if args.layers:
+        config = config.with_layers(args.layers)
+    with tempfile.TemporaryDirectory(prefix="vllm-patch-parity-") as temporary:
+        work = Path(temporary)
         logs = args.logs or work
         logs.mkdir(parents=True, exist_ok=True)
-        model = stack.enter_context(_model(args, config, work))
-        results = _run_all(_processes(args, config, model), config, logs, args.timeout)
-        verdict = _Verdict(results)
-        print(verdict.table())
-        if args.json:
-            report = verdict.report(args, config_file)
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
+        processes = _processes(args, config, work)
+        verdict = _Verdict(_run_all(processes, config, logs, args.timeout))
+    print(verdict.table())
+    if args.json:
+        report = verdict.report(args, config_file)
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0 if verdict.parity else 1
 
 
@@ -105,24 +105,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(problem)
 
 
-@contextlib.contextmanager
-def _model(args: argparse.Namespace, config: ModelConfig, work: Path) -> Iterator[Path]:
-    if args.model:
-        yield args.model
-        return
+def _write(
+    config: ModelConfig, directory: Path, expert_size: int | None = None
+) -> Path:
     from vllm_patch.cli.synthetic import write_checkpoint
 
-    if args.layers:
-        config = config.with_layers(args.layers)
-    directory = work / "checkpoint"
     directory.mkdir()
-    _say(f"writing a synthetic checkpoint for {args.config}")
-    write_checkpoint(config, directory)
-    yield directory
+    write_checkpoint(config, directory, expert_size)
+    return directory
 
 
 def _processes(
-    args: argparse.Namespace, config: ModelConfig, model: Path
+    args: argparse.Namespace, config: ModelConfig, work: Path
 ) -> dict[str, EngineProcess]:
     """Return the four runs by role, in the order they are made."""
     if config.cuts_experts(args.baseline_tp):
@@ -131,6 +125,11 @@ def _processes(
             f"{config.expert_size} columns, so stock vLLM is no baseline there; give "
             "a smaller size."
         )
+    control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
+    how, more = _keep_experts_whole(args, config, control_tp, work)
+    if args.config:
+        _say(f"writing a synthetic checkpoint for {args.config}")
+    model = args.model or _write(config, work / "checkpoint")
     common: dict[str, Any] = {
         "model": str(model),
         "max_model_len": 2 * PROMPT_TOKENS,
@@ -139,25 +138,14 @@ def _processes(
         "seed": 0,
         **args.engine_args,
     }
-    control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
-    # Expert parallelism keeps experts whole where the size would cut them.
-    whole = config.cuts_experts(control_tp)
-    if whole and _on_cpu():
-        raise UsageError(
-            f"--control-tp {control_tp} cuts the quant blocks of experts of "
-            f"{config.expert_size} columns, and vLLM has no expert parallelism on a "
-            "CPU to keep them whole; give a size that divides them into whole blocks."
-        )
 
     def process(label: str, tp: int, patched: bool = False, **more) -> EngineProcess:
         engine = {**common, "tensor_parallel_size": tp, **more}
         return EngineProcess(label, engine, patched)
 
-    control = f"stock TP {control_tp}" + (" + expert parallel" if whole else "")
-    expert_parallel = {"enable_expert_parallel": True} if whole else {}
     return {
         "baseline": process(f"stock TP {args.baseline_tp}", args.baseline_tp),
-        "control": process(f"{control} (control)", control_tp, **expert_parallel),
+        "control": process(f"stock TP {control_tp}{how} (control)", control_tp, **more),
         "stock": process(f"stock TP {args.tp}", args.tp),
         "patched": process(f"patched TP {args.tp}", args.tp, patched=True),
     }
@@ -170,7 +158,29 @@ def _control_tp(config: ModelConfig, tp: int, baseline_tp: int) -> int:
         for size in range(2, tp)
         if size != baseline_tp and heads % size == 0 and not config.cuts_experts(size)
     ]
-    return max(whole, default=2)
+    return max(whole, default=tp)
+
+
+def _keep_experts_whole(
+    args: argparse.Namespace, config: ModelConfig, tp: int, work: Path
+) -> tuple[str, dict[str, Any]]:
+    """Return a label and engine arguments with which stock serves at ``tp``."""
+    if not config.cuts_experts(tp):
+        return "", {}
+    if args.config:
+        unit = tp * config.block
+        size = -(-config.expert_size // unit) * unit
+        _say(f"writing a checkpoint with experts widened to {size} by zeros (control)")
+        return f", experts of {size}", {
+            "model": str(_write(config, work / "widened", size))
+        }
+    if _on_cpu():
+        raise UsageError(
+            f"--control-tp {tp} cuts the quant blocks of experts of "
+            f"{config.expert_size} columns, and vLLM has no expert parallelism on a "
+            "CPU to keep them whole; give a size that divides them into whole blocks."
+        )
+    return " + expert parallel", {"enable_expert_parallel": True}
 
 
 def _on_cpu() -> bool:

@@ -19,18 +19,22 @@ from vllm_patch.cli.model_config import ModelConfig
 SCALE_STEP = 10.0
 
 
-def write_checkpoint(config: ModelConfig, directory: Path) -> None:
+def write_checkpoint(
+    config: ModelConfig, directory: Path, expert_size: int | None = None
+) -> None:
     """Write config.json, safetensors and a word-level tokenizer to ``directory``.
 
     Args:
         config: A block-FP8 config; its ``modules_to_not_convert`` decides what
             stays in bfloat16.
         directory: An existing directory.
+        expert_size: Widen the experts to this size with zeros. The model computes
+            the same, and other tensor-parallel sizes keep its quant blocks whole.
 
     """
     from huggingface_hub import save_torch_state_dict
 
-    _write_config(config, config.fields, directory)
+    _write_config(config.fields, directory)
     shapes, linear = _tensor_shapes(directory)
     skipped = config.fields["quantization_config"].get("modules_to_not_convert") or []
     tensors: dict[str, torch.Tensor] = {}
@@ -39,21 +43,25 @@ def write_checkpoint(config: ModelConfig, directory: Path) -> None:
         module = name.removesuffix(".weight")
         if len(shape) == 2 and module in linear and not _matches(module, skipped):
             weight, scale = _fp8_blocks(_generator(name), shape, config.block)
+            if expert_size and ".experts." in name:
+                weight, scale = _widen(name, weight, scale, expert_size, config.block)
             tensors[name] = weight
             tensors[f"{module}.weight_scale_inv"] = scale
         else:
             tensors[name] = _bfloat16(_generator(name), name, shape)
             unquantized += [module] if module != name else []
     save_torch_state_dict(tensors, directory, max_shard_size="4GB")
-    fields = json.loads(json.dumps(config.fields))
-    fields["quantization_config"]["modules_to_not_convert"] = sorted(
-        {*skipped, *unquantized}
-    )
-    _write_config(config, fields, directory)
+    if expert_size:
+        config = config.with_expert_size(expert_size)
+    quantization = {
+        **config.fields["quantization_config"],
+        "modules_to_not_convert": sorted({*skipped, *unquantized}),
+    }
+    _write_config({**config.fields, "quantization_config": quantization}, directory)
     _write_tokenizer(config.vocab_size, directory)
 
 
-def _write_config(config: ModelConfig, fields: dict, directory: Path) -> None:
+def _write_config(fields: dict, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(fields, indent=2))
 
 
@@ -118,6 +126,18 @@ def _fp8_blocks(
     gain = 1 / math.sqrt(shape[1] * (1 + SCALE_STEP**2) / 2)
     scale = step * (gain * 4 / 448)
     return weight, scale.float()
+
+
+def _widen(
+    name: str, weight: torch.Tensor, scale: torch.Tensor, size: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append zeros, and scales of 1, in the dimension of the expert's columns."""
+    down = re.search(r"\.(down_proj|w2)\.", name)
+    dim, ends = (1, (0,)) if down else (0, (0, 0, 0))
+    new_columns = size - weight.shape[dim]
+    new_blocks = -(-size // block) - scale.shape[dim]
+    pad = torch.nn.functional.pad
+    return pad(weight, (*ends, new_columns)), pad(scale, (*ends, new_blocks), value=1.0)
 
 
 def _write_tokenizer(vocab_size: int, directory: Path) -> None:
