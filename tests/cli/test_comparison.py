@@ -23,7 +23,8 @@ def test_difference_over_all_positions():
 def test_nan_is_infinitely_far():
     gap = comparison.difference(scores([-1.0, -2.0]), scores([-1.0, math.nan]))
     assert gap.max == math.inf
-    assert not comparison.holds(gap, gap)
+    assert not comparison.is_noise(gap)
+    assert not comparison.holds(gap, CONTROL)
 
 
 def test_runs_of_other_lengths_are_not_compared():

@@ -86,6 +86,14 @@ def test_parity_holds(engine, model, capsys):
             "the plugin padded nothing: this TP size cuts no quant block",
         ),
         (
+            "stock TP 4 (control)",
+            (shifted(0.3), None, None),
+            (
+                "the control is 0.30 nats from the baseline, too far to judge by; try "
+                "fewer --layers or another --control-tp"
+            ),
+        ),
+        (
             "stock TP 1",
             (None, "OSError: gone", None),
             "stock TP 1 failed: OSError: gone",

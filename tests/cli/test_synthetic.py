@@ -73,7 +73,8 @@ def test_widened_experts_hold_the_same_numbers_and_zeros(tensors, tmp_path):
         wide = wide.float().reshape(wide.shape[0], -1)
         tensor = tensor.float().reshape(tensor.shape[0], -1)
         assert torch.equal(wide[:rows, :columns], tensor), name
-        value = 1.0 if name.endswith("_scale_inv") else 0.0
+        # Not 1: see _widen about the CPU kernel.
+        value = tensor.min() if name.endswith("_scale_inv") else 0.0
         assert (wide[rows:] == value).all() and (wide[:, columns:] == value).all()
     down = "model.layers.0.mlp.experts.0.down_proj"
     assert widened[f"{down}.weight"].shape == (1024, 2048)

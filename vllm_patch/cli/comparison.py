@@ -8,6 +8,9 @@ from dataclasses import dataclass
 # control, which is stock vLLM at another tensor-parallel size. Factor, nats.
 MEAN_LIMIT = (1.5, 0.005)
 MAX_LIMIT = (2.0, 0.05)
+# A control this far from the baseline, mean in nats, is not noise: a wrong scale
+# (padding at the tail only) shows as 0.2.
+NOISE_LIMIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ def limits(control: Difference) -> tuple[float, float]:
     )
 
 
+def is_noise(control: Difference) -> bool:
+    """Whether the control is close enough to the baseline to judge by."""
+    return control.mean <= NOISE_LIMIT
+
+
 def holds(patched: Difference, control: Difference) -> bool:
     """Whether the patched run is as close to the baseline as noise allows."""
     mean_limit, max_limit = limits(control)
-    return (
-        math.isfinite(control.max)
-        and patched.mean <= mean_limit
-        and patched.max <= max_limit
-    )
+    return patched.mean <= mean_limit and patched.max <= max_limit

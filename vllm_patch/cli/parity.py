@@ -239,6 +239,11 @@ class _Verdict:
         if self.results["patched"][1].padding is None:
             return "the plugin padded nothing: this TP size cuts no quant block"
         control, patched = self.differences["control"], self.differences["patched"]
+        if not comparison.is_noise(control):
+            return (
+                f"the control is {control.mean:.2f} nats from the baseline, too far to "
+                "judge by; try fewer --layers or another --control-tp"
+            )
         if not comparison.holds(patched, control):
             return "patched is farther from the baseline than noise explains"
         return None

@@ -131,13 +131,17 @@ def _fp8_blocks(
 def _widen(
     name: str, weight: torch.Tensor, scale: torch.Tensor, size: int, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append zeros, and scales of 1, in the dimension of the expert's columns."""
+    """Append zeros in the dimension of the expert's columns.
+
+    Their scale is the smallest of the tensor: vLLM's CPU kernel reads the FP8 code
+    0 as 2**-7, which is nothing next to the codes of a block, but much times 1.
+    """
     down = re.search(r"\.(down_proj|w2)\.", name)
     dim, ends = (1, (0,)) if down else (0, (0, 0, 0))
-    new_columns = size - weight.shape[dim]
-    new_blocks = -(-size // block) - scale.shape[dim]
+    columns = (*ends, size - weight.shape[dim])
+    blocks = (*ends, -(-size // block) - scale.shape[dim])
     pad = torch.nn.functional.pad
-    return pad(weight, (*ends, new_columns)), pad(scale, (*ends, new_blocks), value=1.0)
+    return pad(weight, columns), pad(scale, blocks, value=scale.min().item())
 
 
 def _write_tokenizer(vocab_size: int, directory: Path) -> None:
