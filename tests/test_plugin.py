@@ -1,5 +1,7 @@
 """What ``register`` does to a vLLM, and when it keeps its hands off."""
 
+import dataclasses
+import functools
 import json
 import logging
 import multiprocessing
@@ -88,31 +90,64 @@ def test_missing_vllm_is_one_clear_line(monkeypatch, warnings):
 
 
 def test_another_signature_stays_stock(fp8_config, monkeypatch, warnings):
-    def get_quant_method(self, layer, prefix, extra):
-        raise AssertionError("not called")
-
-    monkeypatch.setattr(fp8_config, "get_quant_method", get_quant_method)
+    stock = fp8_config.get_quant_method
+    row = dataclasses.replace(TARGETS["moe"], parameters=("self", "layer"))
+    monkeypatch.setattr(plugin_module, "PATCHES", (TARGETS["env-var"], row))
     plugin_module.register()
-    assert fp8_config.get_quant_method is get_quant_method
+    assert fp8_config.get_quant_method is stock
     (warning,) = warnings()
-    assert "takes ('self', 'layer', 'prefix', 'extra'), expected" in (
-        warning.getMessage()
+    assert (
+        "takes ('self', 'layer', 'prefix'), expected ('self', 'layer')"
+        in warning.getMessage()
     )
 
 
+def somebody_elses(self, layer, prefix):
+    raise AssertionError("not called")
+
+
+def wrapping(stock):
+    return functools.wraps(stock)(lambda self, layer, prefix: stock)
+
+
+@pytest.mark.parametrize(
+    ("replace", "name"),
+    [
+        (lambda stock: somebody_elses, f"{__name__}.somebody_elses"),
+        (wrapping, f"{__name__}.Fp8Config.get_quant_method"),
+        (functools.partial, "an object of functools.partial"),
+        (functools.partialmethod, "an object of functools.partialmethod"),
+        (staticmethod, "an object of builtins.staticmethod"),
+    ],
+    ids=["function", "wraps", "partial", "partialmethod", "staticmethod"],
+)
 def test_somebody_elses_replacement_is_named_and_kept(
-    fp8_config, monkeypatch, warnings
+    fp8_config, monkeypatch, warnings, replace, name
 ):
-    def get_quant_method(self, layer, prefix):
-        raise AssertionError("not called")
-
-    monkeypatch.setattr(fp8_config, "get_quant_method", get_quant_method)
+    replaced = replace(vars(fp8_config)["get_quant_method"])
+    monkeypatch.setattr(fp8_config, "get_quant_method", replaced)
     plugin_module.register()
-    assert fp8_config.get_quant_method is get_quant_method
+    assert vars(fp8_config)["get_quant_method"] is replaced
     (warning,) = warnings()
-    assert f"was already replaced by {__name__}, so vllm_patch leaves it alone" in (
+    assert f"was already replaced by {name}, so vllm_patch leaves it alone" in (
         warning.getMessage()
     )
+
+
+def test_unregister_keeps_what_somebody_put_on_top(fp8_config, monkeypatch, warnings):
+    stock = fp8_config.get_quant_method
+    plugin_module.register()
+    ours = fp8_config.get_quant_method
+    monkeypatch.setattr(fp8_config, "get_quant_method", somebody_elses)
+    plugin_module.unregister()
+    assert fp8_config.get_quant_method is somebody_elses
+    (warning,) = warnings()
+    assert f"was replaced by {__name__}.somebody_elses after vllm_patch did" in (
+        warning.getMessage()
+    )
+    monkeypatch.setattr(fp8_config, "get_quant_method", ours)
+    plugin_module.unregister()
+    monkeypatch.setattr(fp8_config, "get_quant_method", stock)
 
 
 def test_a_target_that_is_gone_stays_stock(fp8_config, monkeypatch, warnings):
@@ -122,20 +157,36 @@ def test_a_target_that_is_gone_stays_stock(fp8_config, monkeypatch, warnings):
     assert f"{TARGETS['moe'].target} does not exist" in warning.getMessage()
 
 
+def printed_by(script: str):
+    """Return the JSON that ``script`` prints last, in a new Python."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def test_a_process_without_fp8_imports_nothing_for_it():
-    """And FP8 is patched as soon as it is imported."""
-    script = """
+    assert printed_by("""
 import json, sys
 import vllm, vllm_patch.plugin
 before = set(sys.modules)
 vllm_patch.plugin.register()
 print(json.dumps(sorted(set(sys.modules) - before)))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    imported = json.loads(done.stdout.splitlines()[-1])
-    assert imported == ["vllm_patch.wrappers"]
+""") == ["vllm_patch.wrappers"]
+
+
+def test_fp8_is_patched_as_soon_as_it_is_imported():
+    assert printed_by("""
+import json, sys
+from tests.vllm_on_cpu import install
+install()
+import vllm_patch.plugin
+vllm_patch.plugin.register()
+fp8 = "vllm.model_executor.layers.quantization.fp8"
+lazy = fp8 not in sys.modules
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+print(json.dumps([lazy, hasattr(Fp8Config.get_quant_method, "__wrapped__")]))
+""") == [True, True]
 
 
 def test_importing_the_package_does_nothing():

@@ -64,7 +64,8 @@ PATCHES = (
     ),
 )
 
-_originals: dict[str, Any] = {}
+# Row name -> (original, replacement) while the row is applied.
+_applied: dict[str, tuple[Any, Any]] = {}
 
 
 class UnexpectedTarget(Exception):
@@ -79,26 +80,57 @@ def apply(patch: Patch) -> None:
             belongs to somebody else.
 
     """
-    if patch.name in _originals:
+    if patch.name in _applied:
         return
+    check(patch)
     owner, leaf = _owner(patch)
     original = vars(owner)[leaf]
-    _check(patch, original)
     module, _, function = patch.wrapper.partition(":")
     wrapper: Callable = getattr(importlib.import_module(module), function)
-    setattr(owner, leaf, wrapper(original))
-    _originals[patch.name] = original
+    replacement = wrapper(original)
+    setattr(owner, leaf, replacement)
+    _applied[patch.name] = original, replacement
 
 
 def revert(patch: Patch) -> None:
-    """Put the row's original back; does nothing if it is not replaced."""
-    if patch.name in _originals:
-        owner, leaf = _owner(patch)
-        setattr(owner, leaf, _originals.pop(patch.name))
+    """Put the row's original back; does nothing if it is not replaced.
+
+    Raises:
+        UnexpectedTarget: Somebody else replaced our replacement, and may call it.
+
+    """
+    if patch.name not in _applied:
+        return
+    original, replacement = _applied[patch.name]
+    owner, leaf = _owner(patch)
+    current = vars(owner)[leaf]
+    if current is not replacement:
+        raise UnexpectedTarget(
+            f"{patch.target} was replaced by {_name(current)} after vllm_patch did, "
+            "so it cannot be put back"
+        )
+    setattr(owner, leaf, original)
+    del _applied[patch.name]
 
 
-def is_applied(patch: Patch) -> bool:
-    return patch.name in _originals
+def check(patch: Patch) -> None:
+    """Raise UnexpectedTarget if the row's target is not what vLLM ships."""
+    owner, leaf = _owner(patch)
+    if patch.parameters is None or patch.name in _applied:
+        return
+    original = vars(owner)[leaf]
+    if not inspect.isfunction(original) or original.__globals__ is not vars(
+        importlib.import_module(patch.module)
+    ):
+        raise UnexpectedTarget(
+            f"{patch.target} was already replaced by {_name(original)}, so vllm_patch "
+            "leaves it alone"
+        )
+    found = tuple(inspect.signature(original).parameters)
+    if found != patch.parameters:
+        raise UnexpectedTarget(
+            f"{patch.target} takes {found}, expected {patch.parameters}"
+        )
 
 
 def _owner(patch: Patch) -> tuple[Any, str]:
@@ -114,18 +146,9 @@ def _owner(patch: Patch) -> tuple[Any, str]:
     return owner, leaf
 
 
-def _check(patch: Patch, original: Any) -> None:
-    if patch.parameters is None:
-        return
-    found = tuple(inspect.signature(original).parameters)
-    if found != patch.parameters:
-        raise UnexpectedTarget(
-            f"{patch.target} takes {found}, expected {patch.parameters}"
-        )
-    defined_in = inspect.unwrap(original).__module__
-    code_in = original.__globals__["__name__"]
-    if not defined_in == code_in == patch.module:
-        raise UnexpectedTarget(
-            f"{patch.target} was already replaced by {code_in}, "
-            "so vllm_patch leaves it alone"
-        )
+def _name(replacement: Any) -> str:
+    """Say whose a replacement is: ``module.function``, or the type of an object."""
+    if inspect.isfunction(replacement):
+        # functools.wraps copies __module__, not the globals.
+        return f"{replacement.__globals__['__name__']}.{replacement.__qualname__}"
+    return f"an object of {type(replacement).__module__}.{type(replacement).__name__}"

@@ -14,6 +14,9 @@ from vllm_patch.patch_table import PATCHES, Patch, UnexpectedTarget
 # Only loggers below "vllm" have a handler in vLLM's processes.
 logger = logging.getLogger("vllm.vllm_patch")
 
+# Name of the entry point, as VLLM_PLUGINS lists it.
+NAME = "vllm_patch"
+
 _active = False
 
 
@@ -45,11 +48,17 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo ``register``: models built from now on are stock."""
+    """Undo ``register``: models built from now on are stock.
+
+    A row that somebody else replaced in turn stays, with a warning.
+    """
     global _active
     _active = False
     for patch in reversed(PATCHES):
-        patch_table.revert(patch)
+        try:
+            patch_table.revert(patch)
+        except UnexpectedTarget as error:
+            logger.warning("vllm_patch stays in part: %s.", error)
 
 
 def unsupported() -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vLLM releases that are supported, and everything that differs between them."""
+"""The vLLM releases that are supported; what differs between them belongs here."""
 
 from packaging.version import InvalidVersion, Version
 

@@ -62,6 +62,11 @@ def test_not_json(tmp_path):
         ModelConfig.read(tmp_path / "config.json")
 
 
+def test_no_object(tmp_path):
+    with pytest.raises(UsageError, match="config.json holds no JSON object"):
+        ModelConfig.read(write(tmp_path, []))
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [

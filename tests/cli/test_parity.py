@@ -1,5 +1,6 @@
 """The parity command around the engine: arguments, processes, verdict."""
 
+import argparse
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from tests.cli.test_model_config import QWEN3_MOE
 from vllm_patch.cli import engine_process, parity
 from vllm_patch.cli.engine_process import EngineResult
 from vllm_patch.cli.main import main
+from vllm_patch.cli.model_config import ModelConfig
 
 SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
 PADDING = "FP8 TP padding is on: 2 MoE layers"
@@ -83,7 +85,10 @@ def test_parity_holds(engine, model, capsys):
         (
             "patched TP 8",
             (SCORES, None, None),
-            "the plugin padded nothing: this TP size cuts no quant block",
+            (
+                "the plugin padded nothing: this TP size cuts no expert inside a quant "
+                "block, or the run's log (--logs) says why"
+            ),
         ),
         (
             "stock TP 4 (control)",
@@ -178,6 +183,14 @@ def test_a_control_of_an_odd_size_is_found(engine, model):
     assert run(model) == 0
 
 
+def test_shared_experts_of_the_same_size_cannot_be_widened(engine, tmp_path):
+    resize(tmp_path, moe_intermediate_size=640, n_shared_experts=1)
+    args = argparse.Namespace(config=tmp_path / "config.json")
+    config = ModelConfig.read(args.config)
+    how, _ = parity._keep_experts_whole(args, config, 8, tmp_path)
+    assert how == " + expert parallel"
+
+
 def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
     monkeypatch.setattr(parity, "_on_cpu", lambda: True)
     resize(model, moe_intermediate_size=640)
@@ -196,6 +209,8 @@ def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
         (["--engine-args", "[]"], "--engine-args: give a JSON object."),
         (["--baseline-tp", "8"], "--baseline-tp 8 cuts the quant blocks of experts"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
+        (["--control-tp", "1"], "--control-tp 1 is the baseline's size"),
+        (["--logs", __file__], "give a folder, not a file"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(engine, model, capsys, arguments, message):
@@ -224,6 +239,14 @@ def test_other_plugins_stay(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     allowed = engine_process.environment(patched=True)["VLLM_PLUGINS"]
     assert set(allowed.split(",")) == {"other", "vllm_patch"}
+
+
+def test_the_patched_run_pads_and_says_so(monkeypatch):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    env = engine_process.environment(patched=True)
+    assert env["VLLM_FP8_TP_PADDING"] == "auto"
+    assert env["VLLM_LOGGING_LEVEL"] == "INFO"
 
 
 @pytest.mark.parametrize(
@@ -278,13 +301,6 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:
             os.kill(worker, 0)
-
-
-def test_status_prints_the_table(capsys):
-    assert main(["status"]) == 0
-    out = capsys.readouterr().out
-    assert "active      yes" in out
-    assert "Fp8Config.get_quant_method" in out
 
 
 def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):

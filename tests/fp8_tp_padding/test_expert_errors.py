@@ -69,21 +69,42 @@ def test_weight_that_is_not_quantized(layer):
     [(float("nan"), "nan"), (float("inf"), "inf"), (0.0, "0.0"), (-0.5, "-0.5")],
 )
 def test_scale_that_is_no_scale(layer, value, shown):
-    scale = torch.ones(2, 12)
-    # Block 11 belongs to rank 7: every rank must stop, or seven would wait.
-    scale[1, 11] = value
+    checkpoint = Checkpoint.random(1536)
+    checkpoint.scales["w2"][1, 0, 5] = value  # Rank 3 holds blocks 4 and 5.
+    load(layer, checkpoint)
     with fails(
-        f"{PREFIX}: {PREFIX}.w2_weight_scale_inv of expert 1 (w2) holds the scale "
-        f"{shown} for block (1, 11); a block scale must be finite and positive."
+        f"{PREFIX}: w2_weight_scale_inv of expert 1 (w2) holds the scale {shown} for "
+        "block (0, 5) of the checkpoint; a block scale must be finite and positive."
     ):
-        experts.load_tensor(layer, "w2_weight_scale_inv", scale, "w2", expert=1)
+        experts.process(layer, 8, 3)
+
+
+def test_scale_of_up_is_named_as_such(layer):
+    checkpoint = Checkpoint.random(1536)
+    checkpoint.scales["w3"][0, 4, 1] = -1.0
+    load(layer, checkpoint)
+    with fails(
+        "w13_weight_scale_inv of expert 0 (w3) holds the scale -1.0 for block (4"
+    ):
+        experts.process(layer, 8, 3)
+
+
+@pytest.mark.parametrize("broken", ["shape", "value"])
+def test_a_load_that_failed_does_not_complete_the_next_one(layer, broken):
+    checkpoint = Checkpoint.random(1536)
+    load(layer, checkpoint)
+    with pytest.raises(ValueError):
+        if broken == "shape":
+            experts.load_tensor(layer, "w13_weight", torch.zeros(1), "w1", 0)
+        layer.w2_weight_scale_inv.data[0] = float("nan")
+        experts.process(layer, 8, 3)
+    experts.load_tensor(layer, "w13_weight", checkpoint.weights["w1"][0], "w1", 0)
+    with fails("(11 of 12 expert tensors are)"):
+        experts.process(layer, 8, 3)
 
 
 def test_missing_scale(layer):
-    load(layer, Checkpoint.random(1536))
-    experts.process(layer, 8, 3)
     checkpoint = Checkpoint.random(1536)
-    del checkpoint.scales["w3"]
     checkpoint.scales["w3"] = []
     load(layer, checkpoint)
     with fails(

@@ -46,7 +46,6 @@ def build_stock(*args, **kwargs):
     [
         (1536, 4, {}),  # 384 columns: whole blocks
         (1536, 1, {}),
-        (1536, 8, {"expert_parallel": True}),  # whole experts
         (1536, 8, {"weight_block_size": None}),  # per-tensor scales
     ],
 )
@@ -59,6 +58,15 @@ def test_other_layers_are_stock(plugin, stock_class, total, tp_size, kwargs):
     ]
     for param, stock_param in zip(layer.parameters(), stock.parameters(), strict=True):
         assert param.weight_loader.__func__ is stock_param.weight_loader.__func__
+
+
+def test_expert_parallelism_is_stock(plugin, stock_class):
+    """Even where whole experts end inside a block, as 704 columns do."""
+    kwargs = {"expert_parallel": True, "experts": 8}
+    assert method_class(build(1536, 8, 0, **kwargs)) is stock_class
+    assert outcome(build, total=704, **kwargs) == outcome(
+        build_stock, total=704, **kwargs
+    )
 
 
 def test_an_aligned_layer_holds_the_same_bytes(plugin):
@@ -105,7 +113,11 @@ def test_the_padded_method_replaces_refined_blocks(plugin, stock_class):
     assert method.block_shard == block_shard(1536, 128, 3, 8)
     assert getattr(method, "weight_scale_refine", None) is None
     assert getattr(method, "moe_block_shape", [128, 128]) == [128, 128]
-    assert not getattr(layer.moe_config, "tp_shard_with_padding", False)
+    moe = layer.moe_config
+    assert not getattr(moe, "tp_shard_with_padding", False)
+    # Backends that know the unpadded size take the padding to be at the end.
+    assert moe.intermediate_size_per_partition == 256
+    assert moe.intermediate_size_per_partition_unpadded == 256
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -127,6 +139,7 @@ def test_the_kernel_is_the_one_stock_takes_for_the_padded_shape(plugin, backend)
     [
         ({"hidden": 320}, "hidden size 320 is not a multiple of 128 either"),
         ({"weight_block_size": (128, 64)}, "the blocks are not square"),
+        ({"lora": True}, "LoRA adapters do not know about the padding"),
     ],
 )
 def test_what_cannot_be_padded_is_left_to_stock(
@@ -139,9 +152,9 @@ def test_what_cannot_be_padded_is_left_to_stock(
     assert any(reason in record.getMessage() for record in padding_log())
 
 
-def outcome(make, **kwargs):
+def outcome(make, total=1536, **kwargs):
     try:
-        return type(make(1536, 8, 0, **kwargs).quant_method)
+        return type(make(total, 8, 0, **kwargs).quant_method)
     except ValueError as error:
         return str(error)
 

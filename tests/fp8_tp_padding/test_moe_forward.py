@@ -21,20 +21,24 @@ def groups_of_rank(start: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], start + size], strict=True)]
 
 
-def reference(checkpoint, total, tp_size, x, topk_weights, topk_ids):
+def reference(checkpoint, total, tp_size, x, topk_weights, topk_ids, biases=None):
     """All experts in float32, with activations quantized in the ranks' groups."""
+    biases = biases or dict.fromkeys(("w1", "w3", "w2"), torch.zeros(EXPERTS, 1))
     gate, up, down = (checkpoint.dequantized(shard) for shard in ("w1", "w3", "w2"))
     x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1)
     size = total // tp_size
     out = torch.zeros(x.shape)
     for token, slot in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)):
         expert = topk_ids[token, slot]
-        hidden = torch.nn.functional.silu(gate[expert] @ x[token])
-        hidden *= up[expert] @ x[token]
+        hidden = torch.nn.functional.silu(
+            gate[expert] @ x[token] + biases["w1"][expert]
+        )
+        hidden *= up[expert] @ x[token] + biases["w3"][expert]
         for rank in range(tp_size):
             for group in groups_of_rank(rank * size, size):
                 hidden[group] = fake_quantize(hidden[group])
-        out[token] += topk_weights[token, slot] * (down[expert] @ hidden)
+        result = down[expert] @ hidden + biases["w2"][expert]
+        out[token] += topk_weights[token, slot] * result
     return out
 
 
@@ -60,16 +64,47 @@ def relative_error(value, expected):
     ],
 )
 def test_ranks_sum_to_the_reference(plugin, total, tp_size):
+    checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
+    inputs = routing()
+    summed = sum_of_ranks(checkpoint, total, tp_size, inputs)
+    expected = reference(checkpoint, total, tp_size, *inputs)
+    assert relative_error(summed, expected) < 1e-5
+
+
+def test_ranks_sum_to_the_reference_with_biases(plugin):
+    checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
+    generator = torch.Generator().manual_seed(3)
+    biases = {
+        shard: torch.randn(EXPERTS, size, generator=generator, dtype=torch.float32)
+        for shard, size in (("w1", 384), ("w3", 384), ("w2", HIDDEN))
+    }
+    inputs = routing()
+    summed = sum_of_ranks(checkpoint, 384, 2, inputs, biases)
+    expected = reference(checkpoint, 384, 2, *inputs, biases)
+    assert relative_error(summed, expected) < 1e-5
+
+
+def sum_of_ranks(checkpoint, total, tp_size, inputs, biases=None):
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
-    checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
-    x, weights, ids = routing()
+    x, weights, ids = inputs
     summed = torch.zeros(TOKENS, HIDDEN)
     for rank in range(tp_size):
-        kwargs = {"experts": EXPERTS, "hidden": HIDDEN, "dtype": torch.float32}
-        layer = build(total, tp_size, rank, **kwargs)
+        layer = build(
+            total,
+            tp_size,
+            rank,
+            experts=EXPERTS,
+            hidden=HIDDEN,
+            dtype=torch.float32,
+            has_bias=bool(biases),
+        )
         experts.poison(layer)
         load(layer, checkpoint)
+        for shard, stacked in (biases or {}).items():
+            name = f"{experts.SHARDS[shard]}_bias"
+            for expert, bias in enumerate(stacked):
+                experts.load_tensor(layer, name, bias, shard, expert)
         experts.process(layer, tp_size, rank, torch.float32)
         with experts.rank_of(tp_size, rank, torch.float32):
             summed += fused_experts(
@@ -80,8 +115,7 @@ def test_ranks_sum_to_the_reference(plugin, total, tp_size):
                 ids,
                 quant_config=layer.quant_method.moe_quant_config,
             )
-    expected = reference(checkpoint, total, tp_size, x, weights, ids)
-    assert relative_error(summed, expected) < 1e-5
+    return summed
 
 
 def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):

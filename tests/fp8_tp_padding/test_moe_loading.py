@@ -221,9 +221,22 @@ def test_expert_biases_are_padded_with_zeros(plugin):
         slot = layer.w13_bias[1].chunk(2)[index]
         assert torch.equal(slot[64:], bias[576:768])
         assert not slot[:64].any()
-    down_bias = torch.randn(256).bfloat16()
-    assert experts.load_tensor(layer, "w2_bias", down_bias, "w2", 1)
-    assert torch.equal(layer.w2_bias[1], down_bias)
+
+
+def test_the_bias_of_down_counts_once_over_all_ranks(plugin):
+    bias = torch.randn(256).bfloat16()
+    for rank in range(8):
+        layer = build(1536, 8, rank, has_bias=True)
+        poison(layer)
+        assert experts.load_tensor(layer, "w2_bias", bias, "w2", 1)
+        expected = bias if rank == 0 else torch.zeros_like(bias)
+        assert torch.equal(layer.w2_bias[1], expected)
+
+
+def test_biases_may_be_missing(plugin):
+    layer = build(1536, 8, 3, has_bias=True)
+    load(layer, Checkpoint.random(1536))
+    experts.process(layer, 8, 3)
 
 
 def test_ranks_are_flattened_over_data_parallelism(plugin):
@@ -241,3 +254,28 @@ def test_dummy_weights_need_no_checkpoint(plugin):
     for param in layer.parameters():
         param.data.view(torch.uint8).fill_(1)
     experts.process(layer, 8, 1)
+
+
+def test_sparse_updates_keep_what_is_nan(plugin, vllm_version):
+    """vLLM 0.29+: an update has NaN for values that stay, in weights and scales."""
+    if vllm_version < (0, 29):
+        pytest.skip("this release has no sparse weight updates")
+    from vllm.model_executor.model_loader import checkpoint_weight_patch as sparse
+
+    checkpoint = Checkpoint.random(1536)
+    layer = build(1536, 8, 3)
+    load(layer, checkpoint)
+    before = stored(layer)
+
+    class Model:
+        def load_weights(self, weights):
+            for name, tensor in weights:
+                experts.load_tensor(layer, name, tensor, "w1", 0)
+
+    update = torch.full((12, 2), float("nan"))
+    update[4, 1] = 7.0  # Rank 3 starts in block 4.
+    sparse._load_nan_masked_weights(Model(), [("w13_weight_scale_inv", update)])
+    scale = layer.w13_weight_scale_inv.data
+    assert scale[0, 0, 1] == 7.0
+    scale[0, 0, 1] = checkpoint.scales["w1"][0, 4, 1]
+    assert same(stored(layer), before)

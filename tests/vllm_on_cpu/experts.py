@@ -67,6 +67,7 @@ def build(
     backend="auto",
     weight_block_size=(BLOCK, BLOCK),
     expert_parallel=False,
+    lora=False,
     **kwargs,
 ):
     """Return vLLM's expert layer for one rank, from its own factory.
@@ -82,15 +83,19 @@ def build(
         backend: ``kernel_config.moe_backend``.
         weight_block_size: Quant block, or None for per-tensor scales.
         expert_parallel: Give each rank whole experts.
+        lora: Configure LoRA adapters.
         **kwargs: For vLLM's factory.
 
     """
     import vllm.model_executor.layers.fused_moe as fused_moe
+    from vllm.config import LoRAConfig
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
     factory = getattr(fused_moe, "FusedMoE", None) or fused_moe.FusedMoEFactory
     with rank_of(tp_size, rank, dtype, dp, backend) as config:
         config.parallel_config.enable_expert_parallel = expert_parallel
+        if lora:
+            config.lora_config = LoRAConfig()
         layer = factory(
             num_experts=experts,
             top_k=min(2, experts),

@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vllm_patch import plugin
+
 # What a run needs here and its user may have set otherwise. The CPU ones make
 # several ranks share a small machine; other platforms ignore them.
 ENVIRONMENT = {
@@ -24,7 +26,6 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
-OWN_PLUGIN = "vllm_patch"
 HEARTBEAT_SECONDS = 30
 # vLLM logs some errors that it survives as warnings.
 _ERROR_LINE = re.compile(
@@ -111,10 +112,11 @@ def environment(patched: bool) -> dict[str, str]:
     if not patched:
         env["VLLM_PLUGINS"] = ",".join(_other_plugins())
         env.pop("VLLM_FP8_TP_PADDING", None)
-    elif "VLLM_PLUGINS" in env:
-        allowed = [name for name in env["VLLM_PLUGINS"].split(",") if name]
-        env["VLLM_PLUGINS"] = ",".join({OWN_PLUGIN: None, **dict.fromkeys(allowed)})
-    return env
+        return env
+    if "VLLM_PLUGINS" in env:
+        env["VLLM_PLUGINS"] = ",".join([*_other_plugins(), plugin.NAME])
+    # The log line of level INFO is the proof that the plugin padded something.
+    return {**env, "VLLM_FP8_TP_PADDING": "auto", "VLLM_LOGGING_LEVEL": "INFO"}
 
 
 def _other_plugins() -> list[str]:
@@ -127,7 +129,7 @@ def _other_plugins() -> list[str]:
             if group.startswith("vllm.")
             for point in metadata.entry_points(group=group)
         ]
-    return sorted({name for name in names if name and name != OWN_PLUGIN})
+    return sorted({name for name in names if name and name != plugin.NAME})
 
 
 def _wait(child: subprocess.Popen, deadline: float) -> bool:

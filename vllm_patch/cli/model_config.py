@@ -27,6 +27,10 @@ class ModelConfig:
             ) from error
         except json.JSONDecodeError as error:
             raise UsageError(f"{path} is not JSON: {error}.") from error
+        if not isinstance(fields, dict):
+            raise UsageError(
+                f"{path} holds no JSON object, so it is no model's config."
+            )
         config = cls(path, fields)
         config._check_quantization()
         return config

@@ -99,6 +99,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: its folder does not exist.")
+    if args.logs and args.logs.exists() and not args.logs.is_dir():
+        raise UsageError(f"--logs {args.logs}: give a folder, not a file.")
     if not isinstance(args.engine_args, dict):
         raise UsageError("--engine-args: give a JSON object.")
     if problem := plugin.unsupported():
@@ -126,6 +128,11 @@ def _processes(
             "a smaller size."
         )
     control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
+    if control_tp == args.baseline_tp:
+        raise UsageError(
+            f"--control-tp {control_tp} is the baseline's size, so that it would show "
+            "no noise; give another."
+        )
     how, more = _keep_experts_whole(args, config, control_tp, work)
     if args.config:
         _say(f"writing a synthetic checkpoint for {args.config}")
@@ -152,7 +159,7 @@ def _processes(
 
 
 def _control_tp(config: ModelConfig, tp: int, baseline_tp: int) -> int:
-    heads = config.text["num_attention_heads"]
+    heads = config.text.get("num_attention_heads", 1)
     whole = [
         size
         for size in range(2, tp)
@@ -167,7 +174,8 @@ def _keep_experts_whole(
     """Return a label and engine arguments with which stock serves at ``tp``."""
     if not config.cuts_experts(tp):
         return "", {}
-    if args.config:
+    # Shared experts of some models take their size from the same field.
+    if args.config and not config.text.get("n_shared_experts"):
         unit = tp * config.block
         size = -(-config.expert_size // unit) * unit
         _say(f"writing a checkpoint with experts widened to {size} by zeros (control)")
@@ -237,7 +245,10 @@ class _Verdict:
             if result.error:
                 return f"{process.label} failed: {result.error}"
         if self.results["patched"][1].padding is None:
-            return "the plugin padded nothing: this TP size cuts no quant block"
+            return (
+                "the plugin padded nothing: this TP size cuts no expert inside a quant "
+                "block, or the run's log (--logs) says why"
+            )
         control, patched = self.differences["control"], self.differences["patched"]
         if not comparison.is_noise(control):
             return (

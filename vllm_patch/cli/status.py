@@ -2,11 +2,13 @@
 """``vllm-patch status``: what would be replaced in this environment's vLLM."""
 
 import argparse
+import os
 import platform
 from importlib import metadata
 
-from vllm_patch import __version__, plugin, releases
-from vllm_patch.patch_table import PATCHES
+from vllm_patch import __version__, patch_table, plugin, releases
+from vllm_patch.patch_table import PATCHES, UnexpectedTarget
+from vllm_patch.wrappers import MODES, VARIABLE
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -17,8 +19,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(_args: argparse.Namespace) -> int:
-    """Print versions and the patch table; return 0 if vLLM can be patched."""
-    problem = plugin.unsupported()
+    """Print versions and the patch table; return 0 if vLLM will be patched."""
+    problem = _problem()
     rows = [
         ("vllm-patch", __version__),
         ("vLLM", _vllm_version()),
@@ -34,6 +36,26 @@ def run(_args: argparse.Namespace) -> int:
         print(f"  until     {patch.until}")
         print(f"  see       {patch.link}")
     return 1 if problem else 0
+
+
+def _problem() -> str | None:
+    """Return why vLLM would not be patched if it started here and now."""
+    if problem := plugin.unsupported():
+        return problem
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and plugin.NAME not in allowed.split(","):
+        return f"VLLM_PLUGINS={allowed!r} does not list {plugin.NAME}."
+    mode = os.environ.get(VARIABLE, MODES[0])
+    if mode != MODES[0]:
+        return f"{VARIABLE}={mode}" + (
+            "." if mode in MODES else f", and vLLM would stop: give one of {MODES}."
+        )
+    try:
+        for patch in PATCHES:
+            patch_table.check(patch)
+    except UnexpectedTarget as error:
+        return f"{error}."
+    return None
 
 
 def _vllm_version() -> str:

@@ -10,8 +10,10 @@ load or a reload.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from types import MethodType
+from typing import Literal
 
 import torch
 
@@ -60,40 +62,59 @@ class ExpertParameter:
 
     Attributes:
         name: Name of the parameter, of shape ``[experts, ...]``.
+        kind: What it holds. A checkpoint must have weights and scales; biases
+            start at zero.
         shape: Shape of one expert's unsharded tensor in the checkpoint.
         dim: Its sharded dimension.
         window: The rank's part of that dimension.
         slots: Shard id -> index of its slot of ``window.span`` in ``dim``.
-        is_scale: Whether it holds block scales.
-        required: Whether a checkpoint must have it.
     """
 
     name: str
+    kind: Literal["weight", "scale", "bias"]
     shape: tuple[int, ...]
     dim: int
     window: Window
     slots: dict[str, int]
-    is_scale: bool = False
-    required: bool = True
 
-    def load(self, expert_data: torch.Tensor, shard_id: str, tensor: torch.Tensor):
+    def slot(self, expert_data: torch.Tensor, shard_id: str) -> torch.Tensor:
+        """Return the view of one expert's parameter that ``shard_id`` fills."""
+        span = self.window.span
+        return expert_data.narrow(self.dim, self.slots[shard_id] * span, span)
+
+    def load(
+        self, expert_data: torch.Tensor, shard_id: str, tensor: torch.Tensor
+    ) -> None:
         """Fill ``shard_id``'s slot of one expert, padding included."""
-        slot = expert_data.narrow(
-            self.dim, self.slots[shard_id] * self.window.span, self.window.span
-        )
-        slot.copy_(self.window.cut(tensor, self.dim))
+        self.slot(expert_data, shard_id).copy_(self.window.cut(tensor, self.dim))
 
     def check(self, where: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         """Raise ValueError if ``tensor`` cannot be this checkpoint tensor."""
         if tuple(tensor.shape) != self.shape:
             raise ValueError(self._wrong_shape(where, tensor))
-        if self.is_scale:
-            _check_scales(where, tensor)
-        elif tensor.dtype != dtype and self.name.endswith("_weight"):
+        if self.kind == "weight" and tensor.dtype != dtype:
             raise ValueError(
                 f"{where} has dtype {tensor.dtype}, but a block-quantized FP8 "
                 f"weight is {dtype}. List the layer in the checkpoint's "
                 "modules_to_not_convert if it is not quantized."
+            )
+
+    def check_scales(self, layer_name: str, param: torch.Tensor) -> None:
+        """Raise ValueError if a loaded block scale is not finite and positive."""
+        bad = ~(torch.isfinite(param) & (param > 0))
+        if not bad.any():
+            return
+        for expert, shard_id in itertools.product(range(len(param)), self.slots):
+            blocks = self.slot(bad[expert], shard_id).nonzero().tolist()
+            if not blocks:
+                continue
+            value = self.slot(param[expert], shard_id)[tuple(blocks[0])].item()
+            blocks[0][self.dim] += self.window.start
+            raise ValueError(
+                f"{layer_name}: {self.name} of expert {expert} ({shard_id}) holds the "
+                f"scale {value} for block {tuple(blocks[0])} of the checkpoint; a "
+                "block scale must be finite and positive. The checkpoint is damaged "
+                "or was quantized wrongly: download or quantize it again."
             )
 
     def _wrong_shape(self, where: str, tensor: torch.Tensor) -> str:
@@ -108,7 +129,7 @@ class ExpertParameter:
                 f"({found[self.dim]} of {self.window.total} in dimension "
                 f"{self.dim}). Load the unsharded checkpoint."
             )
-        if self.is_scale:
+        if self.kind == "scale":
             return (
                 f"{message}, one scale for each quant block. Check "
                 "weight_block_size and moe_intermediate_size in config.json "
@@ -118,19 +139,6 @@ class ExpertParameter:
             f"{message}. Check hidden_size and moe_intermediate_size in "
             "config.json against the checkpoint."
         )
-
-
-def _check_scales(where: str, scales: torch.Tensor) -> None:
-    values = scales.float()
-    good = torch.isfinite(values) & (values > 0)
-    if good.all():
-        return
-    block = tuple((~good).nonzero()[0].tolist())
-    raise ValueError(
-        f"{where} holds the scale {values[block].item()} for block {block}; a "
-        "block scale must be finite and positive. The checkpoint is damaged or "
-        "was quantized wrongly: download or quantize it again."
-    )
 
 
 def padded_weight_loader(
@@ -175,11 +183,14 @@ def padded_weight_loader(
         experts = _split_experts(layer, param, parameter, loaded_weight, local_id)
         for expert, tensor in experts.items():
             where = f"{layer.layer_name}: {weight_name} of expert {expert} ({shard_id})"
-            parameter.check(where, tensor, param.dtype)
+            try:
+                parameter.check(where, tensor, param.dtype)
+            except ValueError:
+                # A later load starts anew and must be complete by itself.
+                loaded.clear()
+                raise
             parameter.load(param.data[expert], shard_id, tensor)
-            # Reloading first counts elements with a dry run on the meta device.
-            if not param.is_meta:
-                loaded.add((parameter.name, expert, shard_id))
+            loaded.add((parameter.name, expert, shard_id))
         return True if return_success else None
 
     return MethodType(weight_loader, layer)
@@ -204,24 +215,36 @@ def _split_experts(
     return dict(enumerate(loaded_weight.unbind()))
 
 
-def check_complete(
-    layer_name: str,
-    num_experts: int,
+def check_loaded(
+    layer: torch.nn.Module,
     parameters: list[ExpertParameter],
     loaded: set[LoadedTensor],
 ) -> None:
-    """Raise ValueError if a load left out a tensor that the layer needs.
+    """Raise ValueError if a load left out a tensor or brought an impossible scale.
 
     ``loaded`` is empty when weights came without the loaders (dummy weights,
-    sharded state); there is nothing to check then.
+    sharded state); there is nothing to check then. Scales are looked at here and
+    not one by one, because vLLM's sparse updates mark unchanged ones with NaN.
     """
     if not loaded:
         return
+    _check_complete(layer, parameters, loaded)
+    for parameter in parameters:
+        if parameter.kind == "scale":
+            param = getattr(layer, parameter.name).data
+            parameter.check_scales(layer.layer_name, param)
+
+
+def _check_complete(
+    layer: torch.nn.Module,
+    parameters: list[ExpertParameter],
+    loaded: set[LoadedTensor],
+) -> None:
     expected = [
         (parameter.name, expert_id, shard_id)
         for parameter in parameters
-        if parameter.required
-        for expert_id in range(num_experts)
+        if parameter.kind != "bias"
+        for expert_id in range(layer.local_num_experts)
         for shard_id in parameter.slots
     ]
     missing = [tensor for tensor in expected if tensor not in loaded]
@@ -229,8 +252,8 @@ def check_complete(
         return
     name, expert_id, shard_id = missing[0]
     raise ValueError(
-        f"{layer_name}: {name} of expert {expert_id} ({shard_id}) is missing from "
-        f"the checkpoint ({len(missing)} of {len(expected)} expert tensors are). "
+        f"{layer.layer_name}: {name} of expert {expert_id} ({shard_id}) is missing "
+        f"from the checkpoint ({len(missing)} of {len(expected)} expert tensors are). "
         "Download or quantize the checkpoint again; every FP8 expert weight needs "
         "its block scales."
     )

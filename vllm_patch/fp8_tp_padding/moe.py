@@ -19,7 +19,7 @@ from .expert_loader import (
     ExpertParameter,
     LoadedTensor,
     Window,
-    check_complete,
+    check_loaded,
     padded_weight_loader,
 )
 from .shard import BlockShard, block_shard
@@ -109,8 +109,9 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
     The rank's slice of gate, up and down keeps the offset inside a block that
     it has in the checkpoint, between zeros: gate and up are padded in rows
     (``w13 = [gate span | up span]``), down in columns. Each block keeps its
-    scale, and zero weights add nothing to any output. To vLLM, and so to the
-    choice of kernel, the layer is one of ``span`` columns.
+    scale, and zero weights add nothing to an output. (vLLM's CPU kernel reads
+    the FP8 code 0 as 2**-7, next to codes of up to 448: still nothing.) To
+    vLLM, and so to the choice of kernel, the layer is one of ``span`` columns.
 
     Args:
         quant_config: A block-quantized FP8 config.
@@ -166,10 +167,10 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         engagement.report(self.moe.tp_rank)
-        check_complete(
-            layer.layer_name, layer.local_num_experts, self._parameters, self._loaded
-        )
-        self._loaded.clear()
+        try:
+            check_loaded(layer, self._parameters, self._loaded)
+        finally:
+            self._loaded.clear()
         super().process_weights_after_loading(layer)
 
     def _expert_parameters(self, hidden_size: int) -> list[ExpertParameter]:
@@ -181,21 +182,21 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
         hidden, hidden_blocks = hidden_size, hidden_size // block
         w13_scale = f"w13_{self.weight_scale_name}"
         w2_scale = f"w2_{self.weight_scale_name}"
-        scale_shapes = (blocks.total, hidden_blocks), (hidden_blocks, blocks.total)
+        w13_blocks = blocks.total, hidden_blocks
+        w2_blocks = hidden_blocks, blocks.total
+        make = ExpertParameter
         parameters = [
-            ExpertParameter("w13_weight", (total, hidden), 0, columns, gate_up),
-            ExpertParameter("w2_weight", (hidden, total), 1, columns, down),
-            ExpertParameter(w13_scale, scale_shapes[0], 0, blocks, gate_up, True),
-            ExpertParameter(w2_scale, scale_shapes[1], 1, blocks, down, True),
+            make("w13_weight", "weight", (total, hidden), 0, columns, gate_up),
+            make("w2_weight", "weight", (hidden, total), 1, columns, down),
+            make(w13_scale, "scale", w13_blocks, 0, blocks, gate_up),
+            make(w2_scale, "scale", w2_blocks, 1, blocks, down),
         ]
         if self.moe.has_bias:
-            # Optional as in vLLM, which starts biases at zero.
-            whole = Window(hidden, 0, hidden, 0, hidden)
+            # Ranks are summed, so the bias of down counts on one of them.
+            mine = Window(hidden, 0, 0 if self.moe.tp_rank else hidden, 0, hidden)
             parameters += [
-                ExpertParameter(
-                    "w13_bias", (total,), 0, columns, gate_up, False, False
-                ),
-                ExpertParameter("w2_bias", (hidden,), 0, whole, down, False, False),
+                make("w13_bias", "bias", (total,), 0, columns, gate_up),
+                make("w2_bias", "bias", (hidden,), 0, mine, down),
             ]
         return parameters
 
