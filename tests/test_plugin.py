@@ -91,7 +91,7 @@ def test_missing_vllm_is_one_clear_line(monkeypatch, warnings):
 
 def test_another_signature_stays_stock(fp8_config, monkeypatch, warnings):
     stock = fp8_config.get_quant_method
-    row = dataclasses.replace(TARGETS["moe"], parameters=("self", "layer"))
+    row = dataclasses.replace(TARGETS["layers"], parameters=("self", "layer"))
     monkeypatch.setattr(plugin_module, "PATCHES", (TARGETS["env-var"], row))
     plugin_module.register()
     assert fp8_config.get_quant_method is stock

@@ -53,14 +53,14 @@ PATCHES = (
         until="vLLM defines VLLM_FP8_TP_PADDING",
     ),
     Patch(
-        name="moe",
+        name="layers",
         module="vllm.model_executor.layers.quantization.fp8",
         attribute="Fp8Config.get_quant_method",
-        wrapper="vllm_patch.wrappers:with_padded_experts",
+        wrapper="vllm_patch.wrappers:with_padded_layers",
         parameters=("self", "layer", "prefix"),
-        why="experts cut inside a quant block get Fp8TpPaddedMoEMethod",
+        why="experts and linear layers cut inside a quant block get padded methods",
         link=ISSUE,
-        until="vLLM loads block-FP8 experts at any tensor-parallel size",
+        until="vLLM loads block-FP8 layers at any tensor-parallel size",
     ),
 )
 

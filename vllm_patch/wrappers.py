@@ -16,30 +16,51 @@ def with_padding_variable(variables: dict[str, Callable]) -> dict[str, Callable]
     return {**variables, VARIABLE: env_with_choices(VARIABLE, MODES[0], MODES)}
 
 
-def with_padded_experts(stock: Callable) -> Callable:
-    """Give experts that are cut inside a quant block the padded method.
+def with_padded_layers(stock: Callable) -> Callable:
+    """Give layers that are cut inside a quant block the padded methods.
 
     Every other layer, and every layer that vLLM does not give a plain
-    ``Fp8MoEMethod``, gets exactly what ``stock`` returns.
+    ``Fp8MoEMethod`` or ``Fp8LinearMethod``, gets exactly what ``stock`` returns.
     """
     from vllm.model_executor.layers.fused_moe import RoutedExperts
-    from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+    from vllm.model_executor.layers.linear import LinearBase
 
     @functools.wraps(stock)
     def get_quant_method(self, layer, prefix) -> Any:
-        if not isinstance(layer, RoutedExperts):
-            return stock(self, layer, prefix)
-
-        from vllm_patch.fp8_tp_padding import moe
-
-        if not moe.needs_padding(self, layer):
-            return stock(self, layer, prefix)
-        # Only vLLM knows whether it quantizes this layer, and it may refuse the
-        # cut size before it says so: ask it about the padded one.
-        with moe.padded_sizes(self, layer.moe_config):
-            method = stock(self, layer, prefix)
-        if type(method) is Fp8MoEMethod:
-            return moe.Fp8TpPaddedMoEMethod(self, layer)
+        if isinstance(layer, RoutedExperts):
+            return _experts_method(stock, self, layer, prefix)
+        if isinstance(layer, LinearBase):
+            return _linear_method(stock, self, layer, prefix)
         return stock(self, layer, prefix)
 
     return get_quant_method
+
+
+def _experts_method(stock: Callable, config, layer, prefix) -> Any:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8MoEMethod
+    from vllm_patch.fp8_tp_padding import moe
+
+    if not moe.needs_padding(config, layer):
+        return stock(config, layer, prefix)
+    # Only vLLM knows whether it quantizes this layer, and it may refuse the
+    # cut size before it says so: ask it about the padded one.
+    with moe.padded_sizes(config, layer.moe_config):
+        method = stock(config, layer, prefix)
+    if type(method) is Fp8MoEMethod:
+        return moe.Fp8TpPaddedMoEMethod(config, layer)
+    return stock(config, layer, prefix)
+
+
+def _linear_method(stock: Callable, config, layer, prefix) -> Any:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+    from vllm_patch.fp8_tp_padding import linear
+
+    method = stock(config, layer, prefix)
+    if type(method) is not Fp8LinearMethod:
+        return method
+    layout = linear.padded_layout(config, layer)
+    if layout is None:
+        return method
+    padded = linear.Fp8TpPaddedLinearMethod(config, layout)
+    padded.marlin_input_dtype = method.marlin_input_dtype
+    return padded

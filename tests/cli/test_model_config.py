@@ -8,7 +8,8 @@ import pytest
 from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
-QWEN3_MOE = Path(__file__).parent.parent / "models" / "qwen3_moe_1536.json"
+MODELS = Path(__file__).parent.parent / "models"
+QWEN3_MOE = MODELS / "qwen3_moe_1536.json"
 
 
 @pytest.fixture
@@ -26,6 +27,19 @@ def test_sizes():
     config = ModelConfig.read(QWEN3_MOE)
     assert (config.block, config.vocab_size, config.expert_size) == (128, 4096, 1536)
     assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts_experts(tp)] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("model", "cut"),
+    [
+        ("qwen3_moe_1536", [16]),  # 8 heads of 128
+        ("qwen2_moe_shared_512", [4, 8, 16]),  # KV heads of 64, shared expert of 512
+        ("qwen3_9728", [8, 16]),  # 76 blocks
+    ],
+)
+def test_sizes_that_cut_linear_layers(model, cut):
+    config = ModelConfig.read(MODELS / f"{model}.json")
+    assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts_linear(tp)] == cut
 
 
 def test_a_nested_language_model(tmp_path, fields):

@@ -86,8 +86,8 @@ def test_parity_holds(engine, model, capsys):
             "patched TP 8",
             (SCORES, None, None),
             (
-                "the plugin padded nothing: this TP size cuts no expert inside a quant "
-                "block, or the run's log (--logs) says why"
+                "the plugin padded nothing: this TP size cuts no quant block, or the "
+                "run's log (--logs) says why"
             ),
         ),
         (
@@ -207,7 +207,8 @@ def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
         (["--layers", "1"], "--layers shrinks a synthetic checkpoint"),
         (["--json", "/nowhere/out.json"], "its folder does not exist"),
         (["--engine-args", "[]"], "--engine-args: give a JSON object."),
-        (["--baseline-tp", "8"], "--baseline-tp 8 cuts the quant blocks of experts"),
+        (["--baseline-tp", "8"], "--baseline-tp 8 cuts quant blocks of"),
+        (["--control-tp", "16"], "--control-tp 16 cuts quant blocks of"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
         (["--control-tp", "1"], "--control-tp 1 is the baseline's size"),
         (["--logs", __file__], "give a folder, not a file"),

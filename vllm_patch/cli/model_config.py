@@ -87,6 +87,24 @@ class ModelConfig:
         size = self.expert_size
         return size is not None and size % (tp * self.block) != 0
 
+    def cuts_linear(self, tp: int) -> bool:
+        """Whether ``tp`` cuts a linear layer inside a quant block."""
+        return any(size % self.block != 0 for size in self._linear_sizes(tp))
+
+    def _linear_sizes(self, tp: int) -> list[float]:
+        """Return what a rank holds of each linear layer; fractions count as cut."""
+        text = self.text
+        heads = text.get("num_attention_heads", 0)
+        head = text.get("head_dim") or text.get("hidden_size", 0) / max(heads, 1)
+        kv_heads = text.get("num_key_value_heads", heads)
+        sizes = [heads * head / tp, max(kv_heads / tp, 1) * head]
+        if self.expert_size is None:
+            sizes.append(text.get("intermediate_size", 0) / tp)
+        sizes.append(text.get("shared_expert_intermediate_size", 0) / tp)
+        if text.get("n_shared_experts") and self.expert_size:
+            sizes.append(text["n_shared_experts"] * self.expert_size / tp)
+        return sizes
+
     def _check_quantization(self) -> None:
         quantization = self.fields.get("quantization_config") or {}
         method = quantization.get("quant_method")

@@ -121,12 +121,16 @@ def _processes(
     args: argparse.Namespace, config: ModelConfig, work: Path
 ) -> dict[str, EngineProcess]:
     """Return the four runs by role, in the order they are made."""
-    if config.cuts_experts(args.baseline_tp):
-        raise UsageError(
-            f"--baseline-tp {args.baseline_tp} cuts the quant blocks of experts of "
-            f"{config.expert_size} columns, so stock vLLM is no baseline there; give "
-            "a smaller size."
-        )
+    for option, size in (
+        ("--baseline-tp", args.baseline_tp),
+        ("--control-tp", args.control_tp or 1),
+    ):
+        experts = config.cuts_experts(size) and option == "--baseline-tp"
+        if experts or config.cuts_linear(size):
+            raise UsageError(
+                f"{option} {size} cuts quant blocks of {config.path}, so stock vLLM "
+                "is no measure there; give a size that keeps them whole."
+            )
     control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
     if control_tp == args.baseline_tp:
         raise UsageError(
@@ -246,8 +250,8 @@ class _Verdict:
                 return f"{process.label} failed: {result.error}"
         if self.results["patched"][1].padding is None:
             return (
-                "the plugin padded nothing: this TP size cuts no expert inside a quant "
-                "block, or the run's log (--logs) says why"
+                "the plugin padded nothing: this TP size cuts no quant block, or the "
+                "run's log (--logs) says why"
             )
         control, patched = self.differences["control"], self.differences["patched"]
         if not comparison.is_noise(control):

@@ -6,7 +6,12 @@ This folder imports vLLM, torch and itself only, so that the same bytes work
 inside the plugin and inside a vLLM source tree.
 
     shard.py          where a rank's slice lies on the checkpoint's block grid
-    expert_loader.py  copies checkpoint expert tensors to that place, checked
-    moe.py            the fork of Fp8MoEMethod that allocates the padded shapes
+    window.py         cuts that slice out of a tensor, with its padding
+    moe.py            the fork of Fp8MoEMethod, for routed experts
+    expert_loader.py  checkpoint tensors into its parameters
+    linear.py         the fork of Fp8LinearMethod
+    linear_layout.py  the logical shards of vLLM's linear layers
+    linear_loader.py  checkpoint tensors into its parameters
+    scale_check.py    what a block scale may be
     engagement.py     the one log line that says what was padded
 """

@@ -17,43 +17,11 @@ from typing import Literal
 
 import torch
 
-from .shard import BlockShard
+from .scale_check import REMEDY, first_bad_scale
+from .window import Window
 
 # (parameter name, local expert, shard id) of one tensor that was loaded.
 LoadedTensor = tuple[str, int, str]
-
-
-@dataclass(frozen=True)
-class Window:
-    """What to cut from one dimension of a checkpoint tensor, and where it goes.
-
-    ``[start, start + size)`` of ``total`` goes to ``[lead, lead + size)`` of
-    ``span``; the rest of ``span`` is zero.
-    """
-
-    total: int
-    start: int
-    size: int
-    lead: int
-    span: int
-
-    @classmethod
-    def of_elements(cls, shard: BlockShard, total: int) -> "Window":
-        return cls(total, shard.start, shard.size, shard.lead, shard.span)
-
-    @classmethod
-    def of_blocks(cls, shard: BlockShard, total: int, block: int) -> "Window":
-        blocks = shard.num_blocks
-        return cls(-(-total // block), shard.first_block, blocks, 0, blocks)
-
-    def cut(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """Return the padded slice of ``tensor``, ``span`` long in ``dim``."""
-        real = tensor.narrow(dim, self.start, self.size)
-        if self.size == self.span:
-            return real
-        pad = [0, 0] * (tensor.ndim - 1 - dim)
-        pad += [self.lead, self.span - self.lead - self.size]
-        return torch.nn.functional.pad(real, pad)
 
 
 @dataclass(frozen=True)
@@ -101,20 +69,17 @@ class ExpertParameter:
 
     def check_scales(self, layer_name: str, param: torch.Tensor) -> None:
         """Raise ValueError if a loaded block scale is not finite and positive."""
-        bad = ~(torch.isfinite(param) & (param > 0))
-        if not bad.any():
+        if first_bad_scale(param) is None:
             return
         for expert, shard_id in itertools.product(range(len(param)), self.slots):
-            blocks = self.slot(bad[expert], shard_id).nonzero().tolist()
-            if not blocks:
+            found = first_bad_scale(self.slot(param[expert], shard_id))
+            if found is None:
                 continue
-            value = self.slot(param[expert], shard_id)[tuple(blocks[0])].item()
-            blocks[0][self.dim] += self.window.start
+            block, value = found
+            block[self.dim] += self.window.start
             raise ValueError(
                 f"{layer_name}: {self.name} of expert {expert} ({shard_id}) holds the "
-                f"scale {value} for block {tuple(blocks[0])} of the checkpoint; a "
-                "block scale must be finite and positive. The checkpoint is damaged "
-                "or was quantized wrongly: download or quantize it again."
+                f"scale {value} for block {tuple(block)} of the checkpoint; {REMEDY}"
             )
 
     def _wrong_shape(self, where: str, tensor: torch.Tensor) -> str:
@@ -223,8 +188,7 @@ def check_loaded(
     """Raise ValueError if a load left out a tensor or brought an impossible scale.
 
     ``loaded`` is empty when weights came without the loaders (dummy weights,
-    sharded state); there is nothing to check then. Scales are looked at here and
-    not one by one, because vLLM's sparse updates mark unchanged ones with NaN.
+    sharded state); there is nothing to check then.
     """
     if not loaded:
         return

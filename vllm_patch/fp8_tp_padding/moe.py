@@ -18,11 +18,11 @@ from . import engagement
 from .expert_loader import (
     ExpertParameter,
     LoadedTensor,
-    Window,
     check_loaded,
     padded_weight_loader,
 )
 from .shard import BlockShard, block_shard
+from .window import Window
 
 logger = init_logger("vllm.fp8_tp_padding")
 

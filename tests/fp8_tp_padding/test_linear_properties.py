@@ -1,0 +1,111 @@
+"""Any sizes, any ranks: what a rank computes, against a brute-force oracle."""
+
+import types
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+BLOCK = 4
+
+
+def blocks_of(rows: int, columns: int, generator: torch.Generator):
+    """A matrix of small integers, and a scale for each 4x4 block: exact in float32."""
+    weight = torch.randint(1, 8, (rows, columns), generator=generator).float()
+    shape = -(-rows // BLOCK), -(-columns // BLOCK)
+    scale = 2.0 ** torch.randint(-3, 4, shape, generator=generator).float()
+    return weight, scale
+
+
+def dequantize_one_by_one(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(weight)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            out[i, j] = weight[i, j] * scale[i // BLOCK, j // BLOCK]
+    return out
+
+
+def load(layout, weights, scales):
+    """Load all shards through the loaders; return the dequantized buffer."""
+    from vllm_patch.fp8_tp_padding.linear_loader import LinearParameter
+
+    buffers = []
+    for kind, outputs, inputs, tensors in (
+        ("weight", layout.output_windows(), layout.input_window(), weights),
+        ("scale", layout.output_blocks(), layout.input_blocks(), scales),
+    ):
+        parameter = LinearParameter(kind, kind, outputs, inputs, [], 1)
+        rows = sum(window.span for window in outputs)
+        data = torch.full((rows, inputs.span), float("nan"))
+        for index, tensor in enumerate(tensors):
+            parameter.load(kind, data, index, tensor)
+        buffers.append(data)
+    return dequantize_one_by_one(*buffers)
+
+
+def run(layout, x, buffer):
+    from vllm_patch.fp8_tp_padding.linear import Fp8TpPaddedLinearMethod
+
+    method = types.SimpleNamespace(layout=layout)
+    return Fp8TpPaddedLinearMethod._real_columns(method, x @ buffer.T)
+
+
+@st.composite
+def column_layers(draw):
+    tp_size = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    replicas = draw(st.sampled_from([d for d in (1, 2, 4) if tp_size % d == 0]))
+    shards = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    return tp_size, replicas, shards, draw(st.integers(1, 12)), draw(st.integers(0, 99))
+
+
+@given(column_layers())
+def test_column_parallel(case):
+    """Odd shards are shared by ``replicas`` ranks, as KV heads are."""
+    from vllm_patch.fp8_tp_padding.linear_layout import Dimension, LinearLayout
+
+    tp_size, replicas, shards, columns, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-3, 4, (2, columns), generator=generator).float()
+    parts = [tp_size // replicas if i % 2 else tp_size for i in range(len(shards))]
+    pairs = [
+        blocks_of(size * part, columns, generator)
+        for size, part in zip(shards, parts, strict=True)
+    ]
+    for rank in range(tp_size):
+        ranks = [rank // replicas if i % 2 else rank for i in range(len(shards))]
+        outputs = tuple(
+            Dimension(size * part, part_rank, part, BLOCK)
+            for size, part, part_rank in zip(shards, parts, ranks, strict=True)
+        )
+        layout = LinearLayout(outputs, Dimension(columns, 0, 1, BLOCK), False)
+        buffer = load(layout, [w for w, _ in pairs], [s for _, s in pairs])
+        expected = [
+            dequantize_one_by_one(*pair)[part_rank * size : (part_rank + 1) * size]
+            for pair, size, part_rank in zip(pairs, shards, ranks, strict=True)
+        ]
+        assert torch.equal(run(layout, x, buffer), x @ torch.cat(expected).T)
+
+
+@given(
+    st.sampled_from([1, 2, 3, 4, 8]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+def test_row_parallel(tp_size, size, rows, seed):
+    from vllm_patch.fp8_tp_padding.linear_layout import Dimension, LinearLayout
+
+    generator = torch.Generator().manual_seed(seed)
+    weight, scale = blocks_of(rows, size * tp_size, generator)
+    x = torch.randint(-3, 4, (2, size * tp_size), generator=generator).float()
+    summed = torch.zeros(2, rows)
+    for rank in range(tp_size):
+        columns = Dimension(size * tp_size, rank, tp_size, BLOCK)
+        layout = LinearLayout((Dimension(rows, 0, 1, BLOCK),), columns, True)
+        window = layout.input_window()
+        mine = torch.zeros(2, window.span)
+        mine[:, window.lead : window.lead + size] = x[
+            :, rank * size : (rank + 1) * size
+        ]
+        summed += mine @ load(layout, [weight], [scale]).T
+    assert torch.equal(summed, x @ dequantize_one_by_one(weight, scale).T)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Block-FP8 linear layers for tensor-parallel sizes that cut a quant block."""
+
+import torch
+
+import vllm.envs as envs
+from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+
+from . import engagement
+from .linear_layout import LinearLayout, has_stock_loader, linear_layout
+from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
+
+
+def padded_layout(
+    quant_config: Fp8Config, layer: torch.nn.Module
+) -> LinearLayout | None:
+    """Return the layout of a layer that is cut inside a quant block, else None."""
+    blocks = quant_config.weight_block_size
+    if blocks is None or blocks[0] != blocks[1]:
+        return None
+    layout = linear_layout(layer, blocks[0])
+    if layout is None or not layout.is_cut or not has_stock_loader(layer):
+        return None
+    return None if envs.VLLM_FP8_TP_PADDING == "off" else layout
+
+
+@register_weight_loader_v2_supported_method
+class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
+    """``Fp8LinearMethod`` whose rank holds whole blocks of the checkpoint's grid.
+
+    Column-parallel layers pad each logical shard's rows and hand out the real
+    columns of the output; row-parallel layers pad the columns, and their input
+    with zeros to match. Each block keeps its scale.
+
+    Args:
+        quant_config: A block-quantized FP8 config.
+        layout: The layer's slices, from ``padded_layout``.
+
+    """
+
+    def __init__(self, quant_config: Fp8Config, layout: LinearLayout):
+        super().__init__(quant_config)
+        self.layout = layout
+        # To get_and_maybe_dequant_weights, with which MLA reads kv_b_proj, this says
+        # that the stored weight is not the logical one: it then goes through apply().
+        self.use_deep_gemm = True
+        self._loaded: set[tuple[str, int]] = set()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ):
+        outputs = self.layout.output_windows()
+        inputs = self.layout.input_window()
+        super().create_weights(
+            layer,
+            inputs.span,
+            [window.span for window in outputs],
+            inputs.span,
+            sum(window.span for window in outputs),
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        self._set_sizes(layer, input_size_per_partition, output_partition_sizes)
+        totals = [output.total for output in self.layout.outputs]
+        block = self.weight_block_size[0]
+        self._parameters = [
+            LinearParameter("weight", "weight", outputs, inputs, totals, 1),
+            LinearParameter(
+                "weight_scale_inv",
+                "scale",
+                self.layout.output_blocks(),
+                self.layout.input_blocks(),
+                totals,
+                block,
+            ),
+        ]
+        for parameter in self._parameters:
+            param = getattr(layer, parameter.name)
+            param.weight_loader = padded_linear_loader(
+                layer, extra_weight_attrs["weight_loader"], parameter, self._loaded
+            )
+
+        self._record(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        engagement.report(layer.tp_rank)
+        try:
+            check_loaded(layer, self._parameters, self._loaded)
+        finally:
+            self._loaded.clear()
+        if self.use_marlin:
+            # Marlin takes its sizes from the layer, now and in each call.
+            rows, columns = layer.weight.shape
+            self._set_sizes(layer, columns, [rows])
+        super().process_weights_after_loading(layer)
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.layout.pads_input:
+            window = self.layout.input_window()
+            tail = window.span - window.lead - window.size
+            x = torch.nn.functional.pad(x, (window.lead, tail))
+            return super().apply(layer, x, bias)
+        output = self._real_columns(super().apply(layer, x, None))
+        return output if bias is None else output + bias
+
+    def _record(self, layer: torch.nn.Module) -> None:
+        rows, columns = layer.weight.shape
+        layout = self.layout
+        cut = [layout.input] if layout.pads_input else layout.outputs
+        name = layer.prefix.rpartition(".")[2] or type(layer).__name__
+        for dimension in {d: None for d in cut if d.is_cut}:
+            size = engagement.PaddedSize(
+                name, dimension.total, dimension.block, dimension.tp_size
+            )
+            shards = [d for d in cut if d == dimension]
+            bytes_each = rows if layout.pads_input else columns
+            engagement.record(size, len(shards) * bytes_each)
+
+    def _real_columns(self, output: torch.Tensor) -> torch.Tensor:
+        offset, pieces = 0, []
+        for window in self.layout.output_windows():
+            pieces.append(output.narrow(-1, offset + window.lead, window.size))
+            offset += window.span
+        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0].contiguous()
+
+    @staticmethod
+    def _set_sizes(layer: torch.nn.Module, inputs: int, outputs: list[int]) -> None:
+        """Show the real sizes to vLLM, which allocates the bias by them."""
+        layer.logical_widths = outputs
+        layer.input_size_per_partition = inputs
+        layer.output_size_per_partition = sum(outputs)
