@@ -154,7 +154,7 @@ def test_a_target_that_is_gone_stays_stock(fp8_config, monkeypatch, warnings):
     monkeypatch.delattr(fp8_config, "get_quant_method")
     plugin_module.register()
     (warning,) = warnings()
-    assert f"{TARGETS['moe'].target} does not exist" in warning.getMessage()
+    assert f"{TARGETS['layers'].target} does not exist" in warning.getMessage()
 
 
 def printed_by(script: str):
