@@ -183,6 +183,13 @@ def test_a_control_of_an_odd_size_is_found(engine, model):
     assert run(model) == 0
 
 
+def test_a_control_that_cuts_linear_layers_is_passed_over(engine, model):
+    """KV heads of 64: TP 4 leaves half a block to each rank."""
+    resize(model, num_key_value_heads=4, head_dim=64)
+    engine.results["stock TP 2 (control)"] = engine.results["stock TP 4 (control)"]
+    assert run(model) == 0
+
+
 def test_shared_experts_of_the_same_size_cannot_be_widened(engine, tmp_path):
     resize(tmp_path, moe_intermediate_size=640, n_shared_experts=1)
     args = argparse.Namespace(config=tmp_path / "config.json")

@@ -167,7 +167,10 @@ def _control_tp(config: ModelConfig, tp: int, baseline_tp: int) -> int:
     whole = [
         size
         for size in range(2, tp)
-        if size != baseline_tp and heads % size == 0 and not config.cuts_experts(size)
+        if size != baseline_tp
+        and heads % size == 0
+        and not config.cuts_experts(size)
+        and not config.cuts_linear(size)
     ]
     return max(whole, default=tp)
 
