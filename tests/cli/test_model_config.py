@@ -30,15 +30,17 @@ def test_sizes():
 
 
 @pytest.mark.parametrize(
-    ("model", "cut"),
+    ("model", "changes", "cut"),
     [
-        ("qwen3_moe_1536", [16]),  # 8 heads of 128
-        ("qwen2_moe_shared_512", [4, 8, 16]),  # KV heads of 64, shared expert of 512
-        ("qwen3_9728", [8, 16]),  # 76 blocks
+        ("qwen3_moe_1536", {}, [16]),  # 8 heads of 128
+        ("qwen3_moe_1536", {"head_dim": 64}, [4, 8, 16]),  # 4 KV heads of 64
+        ("qwen3_moe_1536", {"shared_expert_intermediate_size": 512}, [8, 16]),
+        ("qwen3_9728", {}, [8, 16]),  # 76 blocks
     ],
 )
-def test_sizes_that_cut_linear_layers(model, cut):
-    config = ModelConfig.read(MODELS / f"{model}.json")
+def test_sizes_that_cut_linear_layers(tmp_path, model, changes, cut):
+    fields = json.loads((MODELS / f"{model}.json").read_text())
+    config = ModelConfig.read(write(tmp_path, {**fields, **changes}))
     assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts_linear(tp)] == cut
 
 
