@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -213,7 +215,10 @@ def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
         (["--tp", "0"], "--tp 0: give a positive number."),
         (["--layers", "1"], "--layers shrinks a synthetic checkpoint"),
         (["--json", "/nowhere/out.json"], "its folder does not exist"),
-        (["--engine-args", "[]"], "--engine-args: give a JSON object."),
+        (["--json", "/tmp"], "--json /tmp: give a file, not a folder"),
+        (["--timeout", "0"], "--timeout 0.0: give a positive number"),
+        (["--tp", "4"], "--tp 4 keeps the quant blocks of"),
+        (["--tp", "7"], "--tp 7 does not divide experts of 1536 columns"),
         (["--baseline-tp", "8"], "--baseline-tp 8 cuts quant blocks of"),
         (["--control-tp", "16"], "--control-tp 16 cuts quant blocks of"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
@@ -225,6 +230,48 @@ def test_wrong_usage_is_exit_code_2(engine, model, capsys, arguments, message):
     assert run(model, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not engine.asked
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{bad", "'{bad' is not JSON: Exp"), ("[]", "'[]' is not a JSON object such as")],
+)
+def test_engine_arguments_that_are_no_object(engine, model, capsys, text, message):
+    with pytest.raises(SystemExit, match="2"):
+        run(model, "--engine-args", text)
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_here(engine, capsys):
+    assert run("Qwen/Qwen3-235B-A22B-FP8") == 2
+    assert "give a local folder with config.json and weights" in capsys.readouterr().err
+
+
+def test_a_terminated_run_leaves_nothing_behind(tmp_path):
+    """SIGTERM, as from timeout or a cancelled job, ends the engine too."""
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/engine\nexec sleep 600\n")
+    child.chmod(0o755)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(QWEN3_MOE.read_text())
+    script = f"""
+import sys
+from vllm_patch import plugin
+from vllm_patch.cli import engine_process, main
+plugin.unsupported = lambda: None
+engine_process.sys.executable = {str(child)!r}
+sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8"]))
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}) as job:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "engine").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        job.terminate()
+        assert job.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "engine").read_text()), 0)
+    assert not list(tmp_path.glob("vllm-patch-parity-*"))
 
 
 def test_a_folder_without_a_model(engine, tmp_path, capsys):

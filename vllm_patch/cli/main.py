@@ -2,6 +2,7 @@
 """Entry point of ``vllm-patch``."""
 
 import argparse
+import signal
 import sys
 
 from vllm_patch import __version__
@@ -20,8 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     for module in (parity, status):
         module.add_parser(commands)
     args = parser.parse_args(argv)
+    # As Ctrl-C does: what runs is ended, what is temporary is removed.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         return args.run(args)
     except UsageError as error:
         print(f"vllm-patch {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"vllm-patch {args.command}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

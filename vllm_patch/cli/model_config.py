@@ -26,7 +26,10 @@ class ModelConfig:
                 f"{path}: {error.strerror}. Give the config.json of a block-FP8 model."
             ) from error
         except json.JSONDecodeError as error:
-            raise UsageError(f"{path} is not JSON: {error}.") from error
+            raise UsageError(
+                f"{path} is not JSON ({error}). Give the config.json of a block-FP8 "
+                "model."
+            ) from error
         if not isinstance(fields, dict):
             raise UsageError(
                 f"{path} holds no JSON object, so it is no model's config."

@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result")
     parser.add_argument(
         "--engine-args",
-        type=json.loads,
+        type=_json_object,
         default={},
         metavar="JSON",
         help="more arguments for vllm.LLM, such as '{\"max_model_len\": 512}'",
@@ -65,6 +65,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--timeout", type=float, default=1800, help="seconds for each run (1800)"
     )
     parser.set_defaults(run=run)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a JSON object such as '{{\"max_model_len\": 512}}'"
+        )
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,21 +100,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("tp", "baseline_tp", "control_tp", "layers"):
+    for name in ("tp", "baseline_tp", "control_tp", "layers", "timeout"):
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if value is not None and value <= 0:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} {value}: give a positive number.")
     if args.model and args.layers:
         raise UsageError(
             "--layers shrinks a synthetic checkpoint: use it with --config."
         )
+    if args.model and not args.model.is_dir():
+        raise UsageError(
+            f"--model {args.model}: give a local folder with config.json and weights; "
+            "parity downloads nothing."
+        )
+    if args.json and args.json.is_dir():
+        raise UsageError(f"--json {args.json}: give a file, not a folder.")
     if args.json and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: its folder does not exist.")
     if args.logs and args.logs.exists() and not args.logs.is_dir():
         raise UsageError(f"--logs {args.logs}: give a folder, not a file.")
-    if not isinstance(args.engine_args, dict):
-        raise UsageError("--engine-args: give a JSON object.")
     if problem := plugin.unsupported():
         raise UsageError(problem)
 
@@ -131,6 +148,15 @@ def _processes(
                 f"{option} {size} cuts quant blocks of {config.path}, so stock vLLM "
                 "is no measure there; give a size that keeps them whole."
             )
+    if not config.cuts_experts(args.tp) and not config.cuts_linear(args.tp):
+        raise UsageError(
+            f"--tp {args.tp} keeps the quant blocks of {config.path} whole: stock vLLM "
+            "serves it, and there is nothing to compare."
+        )
+    if config.expert_size and config.expert_size % args.tp:
+        raise UsageError(
+            f"--tp {args.tp} does not divide experts of {config.expert_size} columns."
+        )
     control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
     if control_tp == args.baseline_tp:
         raise UsageError(
