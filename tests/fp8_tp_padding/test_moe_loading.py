@@ -200,7 +200,7 @@ def test_experts_without_a_gate(plugin, vllm_version):
         5,
         activation="relu2_no_mul",
         ckpt_names=("up_proj", "down_proj", None)
-        if vllm_version >= (0, 33)
+        if vllm_version >= (0, 32)
         else ("up_proj", "down_proj", ""),
     )
     assert method_name(layer) == "Fp8TpPaddedMoEMethod"
