@@ -80,10 +80,21 @@ class LinearParameter:
         self, where: str, indices: list[int], fused: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Cut a tensor that is fused on disk into its logical shards."""
+        if len(indices) == 1:
+            yield indices[0], fused
+            return
         ends = list(accumulate(self.totals[index] for index in indices))
+        expected = -(-ends[-1] // self.unit)
+        if fused.shape[:1] != (expected,):
+            raise ValueError(
+                f"{where} is fused on disk and has shape {tuple(fused.shape)}, but "
+                f"logical shards {indices} need {expected} rows. Use a checkpoint with "
+                "separate tensors, or one that was quantized after they were fused."
+            )
         starts = [0, *ends[:-1]]
         for index, start, end in zip(indices, starts, ends, strict=True):
-            if start % self.unit:
+            # A shard inside one block has that block's scale.
+            if start % self.unit and start // self.unit != (end - 1) // self.unit:
                 raise ValueError(
                     f"{where} is fused on disk, and logical shard {index} starts at "
                     f"row {start}, inside a quant block of {self.unit}: its scales "
@@ -112,15 +123,14 @@ def padded_linear_loader(
     @functools.wraps(stock_loader.__func__)
     def weight_loader(layer, param, loaded_weight, loaded_shard_id=None):
         where = f"{layer.prefix}: {parameter.name}"
-        count = len(parameter.outputs)
         if isinstance(loaded_shard_id, (int, str)):
-            index = QKV_SHARDS.get(loaded_shard_id, loaded_shard_id)
-            pieces = [(index, loaded_weight)]
+            indices = [QKV_SHARDS.get(loaded_shard_id, loaded_shard_id)]
+        elif loaded_shard_id is None:
+            indices = list(range(len(parameter.outputs)))
         else:
-            indices = list(range(count) if loaded_shard_id is None else loaded_shard_id)
-            pieces = list(parameter.split(where, indices, loaded_weight))
+            indices = list(loaded_shard_id)
         try:
-            for index, tensor in pieces:
+            for index, tensor in parameter.split(where, indices, loaded_weight):
                 parameter.load(where, param.data, index, tensor)
                 loaded.add((parameter.name, index))
         except ValueError:

@@ -1,0 +1,222 @@
+"""What padded linear layers compute, on the real vLLM classes."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.fp8_tp_padding.test_linear_loading import (
+    HIDDEN,
+    build,
+    linear_reference,
+    load,
+    matrix,
+    merged,
+    method_name,
+    relative_error,
+    run,
+)
+from tests.vllm_on_cpu.experts import poison
+
+TP = 8
+# Per rank: half a block; more than half, so that ranks straddle; two blocks and a
+# bit, after which the checkpoint's last block is partial.
+SIZES = (512, 640, 2200)
+
+
+def rows_of(total: int, rank: int) -> slice:
+    return slice(rank * total // TP, (rank + 1) * total // TP)
+
+
+@pytest.mark.parametrize("rank", range(TP))
+@pytest.mark.parametrize("total", SIZES)
+def test_column_parallel(plugin, total, rank):
+    weight, scale = matrix(total, HIDDEN, seed=0)
+    sizes = {"input_size": HIDDEN, "output_size": total}
+    layer = build("ColumnParallelLinear", TP, rank, torch.float32, **sizes)
+    mine = rows_of(total, rank)
+    bias = torch.arange(float(total))
+    poison(layer)
+    load(layer, {None: (weight, scale)})
+    layer.bias.weight_loader(layer.bias, bias)
+    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    y = run(layer, x, TP, rank)
+    expected = linear_reference(x, weight, scale)[:, mine] + bias[mine]
+    assert y.is_contiguous()
+    assert relative_error(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("rank", range(TP))
+@pytest.mark.parametrize("total", SIZES)
+def test_merged_column_parallel(plugin, total, rank):
+    """Unequal shards, of which one is aligned."""
+    totals = [total, 1024, 2 * total]
+    tensors = {i: matrix(size, HIDDEN, seed=i) for i, size in enumerate(totals)}
+    layer = merged(TP, rank, totals, dtype=torch.float32)
+    poison(layer)
+    load(layer, tensors)
+    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    expected = torch.cat(
+        [
+            linear_reference(x, *tensors[i])[:, rows_of(size, rank)]
+            for i, size in enumerate(totals)
+        ],
+        -1,
+    )
+    y = run(layer, x, TP, rank)
+    assert y.is_contiguous()
+    assert relative_error(y, expected) < 1e-5
+
+
+@pytest.mark.parametrize("total", SIZES)
+def test_row_parallel_sums_to_the_whole(plugin, total):
+    """Each rank adds what its columns are worth, and the bias comes once."""
+    weight, scale = matrix(HIDDEN, total, seed=0)
+    bias = torch.arange(float(HIDDEN))
+    x = torch.randn(3, total, dtype=torch.float32)
+    summed, expected = torch.zeros(3, HIDDEN), bias.repeat(3, 1)
+    for rank in range(TP):
+        sizes = {"input_size": total, "output_size": HIDDEN}
+        layer = build("RowParallelLinear", TP, rank, torch.float32, **sizes)
+        poison(layer)
+        load(layer, {None: (weight, scale)})
+        layer.bias.weight_loader(layer.bias, bias)
+        mine = rows_of(total, rank)
+        # The groups are those of the checkpoint's grid, of this rank's columns.
+        alone = torch.zeros(3, total).index_copy_(
+            1, torch.arange(total)[mine], x[:, mine]
+        )
+        expected += linear_reference(pad_to_blocks(alone), *padded(weight, scale))
+        summed += run(layer, x[:, mine], TP, rank)
+    assert relative_error(summed, expected) < 1e-5
+
+
+def pad_to_blocks(tensor):
+    return torch.nn.functional.pad(tensor, (0, -tensor.shape[-1] % 128))
+
+
+def padded(weight, scale):
+    return pad_to_blocks(weight.view(torch.uint8)).view(weight.dtype), scale
+
+
+@pytest.mark.parametrize("rank", [3, 0])
+def test_a_layer_without_tensor_parallelism_that_ends_inside_a_block(plugin, rank):
+    """Every rank holds all of it; what comes after a partial shard is moved."""
+    tensors = {0: matrix(192, HIDDEN, 0), 1: matrix(320, HIDDEN, 1)}
+    layer = merged(TP, rank, [192, 320], dtype=torch.float32, disable_tp=True)
+    assert method_name(layer) == "Fp8TpPaddedLinearMethod"
+    poison(layer)
+    load(layer, tensors)
+    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    expected = torch.cat([linear_reference(x, *t) for t in tensors.values()], -1)
+    assert relative_error(run(layer, x, TP, rank), expected) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [5, 4])
+@pytest.mark.parametrize("kind", ["RowParallelLinear", "ColumnParallelLinear"])
+def test_scales_that_are_powers_of_two(plugin, monkeypatch, kind, rank):
+    """As DeepSeek-V4 stores them: float8_e8m0fnu."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    monkeypatch.setattr(Fp8Config, "is_scale_e8m0", True, raising=False)
+    is_row, total = kind.startswith("Row"), 640
+    shape = (HIDDEN, total) if is_row else (total, HIDDEN)
+    weight, scale = matrix(*shape, seed=0)
+    scale = torch.exp2(scale.log2().round()).to(torch.float8_e8m0fnu)
+    inputs, outputs = reversed(shape)
+    sizes = {"input_size": inputs, "output_size": outputs, "bias": False}
+    layer = build(kind, TP, rank, torch.float32, **sizes)
+    assert layer.weight_scale_inv.dtype == torch.float8_e8m0fnu
+    poison(layer)
+    load(layer, {None: (weight, scale)})
+    mine = rows_of(total, rank)
+    x = torch.zeros(3, inputs)
+    columns = mine if is_row else slice(None)
+    x[:, columns] = torch.randn(x[:, columns].shape, dtype=torch.float32)
+    y = run(layer, x[:, columns], TP, rank)
+    expected = linear_reference(x, weight, scale.float())
+    expected = expected if is_row else expected[:, mine]
+    assert relative_error(y, expected) < 1e-5
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+ALIGNED = [
+    ("ColumnParallelLinear", {"input_size": HIDDEN, "output_size": 1024}),
+    ("RowParallelLinear", {"input_size": 1024, "output_size": HIDDEN}),
+    (
+        "MergedColumnParallelLinear",
+        {"input_size": HIDDEN, "output_sizes": [1024, 2048]},
+    ),
+    (
+        "QKVParallelLinear",
+        {
+            "hidden_size": HIDDEN,
+            "head_size": 128,
+            "total_num_heads": 8,
+            "total_num_kv_heads": 2,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "kwargs"), ALIGNED, ids=[kind for kind, _ in ALIGNED])
+def test_aligned_layers_are_untouched(plugin, kind, kwargs):
+    """Same class, same bytes, and the same operators in a forward pass."""
+    plugin.register()
+    layer = aligned(kind, kwargs)
+    plugin.unregister()
+    stock = aligned(kind, kwargs)
+    assert method_name(layer) == method_name(stock) == "Fp8LinearMethod"
+    x = torch.randn(3, layer.input_size_per_partition, dtype=torch.bfloat16)
+    seen, results = [], []
+    for each in (layer, stock):
+        with Operators() as operators:
+            results.append(run(each, x, TP, 3))
+        seen.append(operators.names)
+    assert seen[0] == seen[1] and len(seen[0]) > 3
+    assert torch.equal(*results)
+    for (name, param), other in zip(
+        layer.named_parameters(), stock.parameters(), strict=True
+    ):
+        assert torch.equal(param.view(torch.uint8), other.view(torch.uint8)), name
+
+
+def aligned(kind: str, kwargs: dict):
+    layer = build(kind, TP, 3, bias=False, **kwargs)
+    poison(layer)
+    hidden = HIDDEN
+    if kind == "QKVParallelLinear":
+        ids = {"q": 1024, "k": 256, "v": 256}
+    elif kind == "MergedColumnParallelLinear":
+        ids = dict(enumerate(kwargs["output_sizes"]))
+    elif kind == "RowParallelLinear":
+        hidden, ids = kwargs["input_size"], {None: HIDDEN}
+    else:
+        ids = {None: kwargs["output_size"]}
+    load(layer, {i: matrix(rows, hidden, seed=7) for i, rows in ids.items()})
+    return layer
+
+
+def test_row_parallel_padding_adds_no_operator(plugin):
+    """The quantization of the input does it."""
+    names = []
+    for total in (640, 1024):
+        sizes = {"input_size": total, "output_size": HIDDEN, "bias": False}
+        layer = build("RowParallelLinear", TP, 1, **sizes)
+        load(layer, {None: matrix(HIDDEN, total, seed=0)})
+        x = torch.ones(3, total // TP, dtype=torch.bfloat16)
+        run(layer, x, TP, 1)
+        with Operators() as operators:
+            layer.quant_method.apply(layer, x)
+        names.append([name for name in operators.names if "empty" not in name])
+    assert len(names[0]) == len(names[1])
