@@ -11,7 +11,12 @@ from typing import Literal
 
 import torch
 
-from .scale_check import REMEDY, first_bad_scale
+from .tensor_check import (
+    REMEDY,
+    check_weight_dtype,
+    first_bad_scale,
+    forgotten_on_error,
+)
 from .window import Window
 
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -55,12 +60,8 @@ class LinearParameter:
                 "weight_block_size in config.json against the checkpoint, and load "
                 "an unsharded one."
             )
-        if self.kind == "weight" and tensor.dtype != data.dtype:
-            raise ValueError(
-                f"{where} has dtype {tensor.dtype}, but a block-quantized FP8 weight "
-                f"is {data.dtype}. List the layer in the checkpoint's "
-                "modules_to_not_convert if it is not quantized."
-            )
+        if self.kind == "weight":
+            check_weight_dtype(where, tensor, data.dtype)
         self.slot(data, index).copy_(self.input.cut(output.cut(tensor, 0), 1))
 
     def check_scales(self, prefix: str, data: torch.Tensor) -> None:
@@ -129,14 +130,10 @@ def padded_linear_loader(
             indices = list(range(len(parameter.outputs)))
         else:
             indices = list(loaded_shard_id)
-        try:
+        with forgotten_on_error(loaded):
             for index, tensor in parameter.split(where, indices, loaded_weight):
                 parameter.load(where, param.data, index, tensor)
                 loaded.add((parameter.name, index))
-        except ValueError:
-            # A later load starts anew and must be complete by itself.
-            loaded.clear()
-            raise
 
     return MethodType(weight_loader, layer)
 
