@@ -109,7 +109,13 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             # Marlin takes its sizes from the layer, now and in each call.
             rows, columns = layer.weight.shape
             self._set_sizes(layer, columns, [rows])
+        bias = layer.bias
+        if not self.layout.pads_input:
+            # Marlin would permute it for the padded output; apply() adds it later.
+            layer.bias = None
         super().process_weights_after_loading(layer)
+        if not self.layout.pads_input:
+            layer.bias = bias
 
     def apply(
         self,
