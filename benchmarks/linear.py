@@ -26,6 +26,7 @@ import torch
 from benchmarks import graph_timing
 from benchmarks.linear_cases import BLOCK, CASES, Case, Quantized, round_up
 from benchmarks.one_rank import rank_of
+from benchmarks.quantized import fake_quantize, relative_error, root_mean_square
 from benchmarks.record import Rows, environment
 from vllm_patch import plugin
 
@@ -178,14 +179,13 @@ def _total_error(run: Run, case: Case) -> float:
         for tokens in {CHECKED_TOKENS, *counts}:
             x = _activations(run, case, rank, tokens)
             errors.append(_error(case, layer, tensors, rank, x))
-    return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+    return root_mean_square(errors)
 
 
 def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) -> float:
     with rank_of(case.tp_size, rank), torch.inference_mode():
-        value = layer(x)[0].float()
-    expected = _reference(case, tensors, rank, x, _quantizes(layer))
-    return ((value - expected).norm() / expected.norm()).item()
+        value = layer(x)[0]
+    return relative_error(value, _reference(case, tensors, rank, x, _quantizes(layer)))
 
 
 def _reference(case, tensors, rank, x, quantizes: bool) -> torch.Tensor:
@@ -194,17 +194,11 @@ def _reference(case, tensors, rank, x, quantizes: bool) -> torch.Tensor:
     lead, span = (parts[0].lead, parts[0].span) if case.is_row else (0, x.shape[-1])
     size = x.shape[-1]
     x = torch.nn.functional.pad(x.float(), (lead, span - lead - size))
-    x = (_fake_quantize(x) if quantizes else x).narrow(-1, lead, size)
+    x = (fake_quantize(x) if quantizes else x).narrow(-1, lead, size)
     whole = [tensor.dequantized() for tensor in tensors]
     dim = 1 if case.is_row else 0
     mine = [w.narrow(dim, p.start, p.size) for w, p in zip(whole, parts, strict=True)]
     return x @ torch.cat(mine).T
-
-
-def _fake_quantize(x: torch.Tensor) -> torch.Tensor:
-    groups = x.unflatten(-1, (-1, BLOCK))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
 
 
 def _quantizes(layer: torch.nn.Module) -> bool:
