@@ -271,10 +271,14 @@ class _Timed:
         size = sum(param.nbytes for param in layer.parameters())
         self.copies = min(MAX_COPIES, max(4, round(ROTATED_BYTES / size)))
         self.layers = [layer, *(_copy(layer) for _ in range(self.copies - 1))]
+        # A graph reads its input where it was captured, so inputs must stay.
+        self.inputs: dict[int, torch.Tensor] = {}
 
     def calls(self, tokens: int) -> list[Callable]:
-        x = _activations(self.run, self.case, self.rank, tokens)
-        return [functools.partial(layer, x) for layer in self.layers]
+        if tokens not in self.inputs:
+            x = _activations(self.run, self.case, self.rank, tokens)
+            self.inputs[tokens] = x
+        return [functools.partial(layer, self.inputs[tokens]) for layer in self.layers]
 
     def graph(self, tokens: int) -> torch.cuda.CUDAGraph:
         with rank_of(self.case.tp_size, self.rank), torch.inference_mode():
