@@ -38,6 +38,8 @@ from vllm_patch import plugin
 
 TOLERATED_ERROR = 1.05
 CHECKED_TOKENS = 17
+# Fewer tokens are drawn again: roundings of few are more or less by chance.
+AVERAGED_TOKENS = 64
 ROUTINGS = 8
 # Weights between two uses of an expert, in L2 caches.
 ROTATED_CACHES = 2
@@ -206,7 +208,14 @@ def _of_rank(what: Implementation, rank: int) -> Implementation:
 
 
 def _error(run: Run, case: Case, layer: Layer, tokens: int) -> float:
-    x, routings = _inputs(run, case, tokens, count=1)
+    draws = max(1, AVERAGED_TOKENS // tokens)
+    return root_mean_square(
+        [_error_of(run, case, layer, tokens, draw) for draw in range(draws)]
+    )
+
+
+def _error_of(run: Run, case: Case, layer: Layer, tokens: int, draw: int) -> float:
+    x, routings = _inputs(run, case, tokens, count=1, draw=draw)
     routing = layer.what.route(case, routings[0])
     with layer.rank(), torch.inference_mode():
         layer(x, routing)
@@ -225,9 +234,9 @@ def _poison_workspaces() -> None:
 
 
 def _inputs(
-    run: Run, case: Case, tokens: int, count: int
+    run: Run, case: Case, tokens: int, count: int, draw: int = 0
 ) -> tuple[torch.Tensor, list[Routing]]:
-    generator = torch.Generator(run.device).manual_seed(tokens)
+    generator = torch.Generator(run.device).manual_seed(tokens + (draw << 32))
     x = torch.randn(
         tokens,
         case.hidden,

@@ -16,8 +16,8 @@ CASE = Case("tiny", 4, 2, 128, 384, 2, why="small", check_all_ranks=True)
 def check(monkeypatch, plugin):
     """Return the command for a case that a CPU can run."""
     monkeypatch.setattr(moe, "CASES", [CASE])
-    monkeypatch.setattr(moe, "CHECKED_TOKENS", 3)
-    arguments = ["--check-only", "--tokens", "1", "--columns", "ours", "padded"]
+    monkeypatch.setattr(moe, "CHECKED_TOKENS", 64)
+    arguments = ["--check-only", "--tokens", "64", "--columns", "ours", "padded"]
     return lambda: moe.main(arguments)
 
 
