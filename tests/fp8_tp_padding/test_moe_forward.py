@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The padded experts compute what the unsharded ones do, on vLLM's own kernel."""
 
 import pytest
 import torch
 
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import BLOCK, Checkpoint, build, load
+from . import experts
+from .experts import BLOCK, Checkpoint, build, load
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 5, 3, 2, 256
 
@@ -63,7 +65,7 @@ def relative_error(value, expected):
         (512, 8),  # 64 columns: less than a block
     ],
 )
-def test_ranks_sum_to_the_reference(plugin, total, tp_size):
+def test_ranks_sum_to_the_reference(total, tp_size):
     checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     summed = sum_of_ranks(checkpoint, total, tp_size, inputs)
@@ -71,7 +73,7 @@ def test_ranks_sum_to_the_reference(plugin, total, tp_size):
     assert relative_error(summed, expected) < 1e-5
 
 
-def test_ranks_sum_to_the_reference_with_biases(plugin):
+def test_ranks_sum_to_the_reference_with_biases():
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     generator = torch.Generator().manual_seed(3)
     biases = {
@@ -130,7 +132,7 @@ def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
     return (output[0] if isinstance(output, tuple) else output).float()
 
 
-def test_the_layers_own_path_is_as_exact_as_an_aligned_one(plugin):
+def test_the_layers_own_path_is_as_exact_as_an_aligned_one():
     """bfloat16 rounds between the GEMMs, so stock at TP 4 says how much."""
     checkpoint = Checkpoint.random(1536, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()

@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The geometry, against an oracle that looks at one element at a time."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_patch import block_shard
+from vllm.model_executor.layers.quantization.fp8_tp_padding.shard import block_shard
 
 
 @st.composite
