@@ -126,9 +126,12 @@ def _no_series(tree: VllmTree, release: str, known: dict[str, Series]) -> str:
     )
 
 
-def _distance(release: str, other: str) -> tuple[int, ...]:
-    pairs = zip(Version(release).release, Version(other).release, strict=False)
-    return tuple(abs(a - b) for a, b in pairs)
+def _distance(release: str, other: str) -> int:
+    numbers = [
+        (v.major * 1000 + v.minor) * 1000 + v.micro
+        for v in (Version(release), Version(other))
+    ]
+    return abs(numbers[0] - numbers[1])
 
 
 def _is_applied(tree: VllmTree, series: Series) -> bool:
