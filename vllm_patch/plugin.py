@@ -38,7 +38,7 @@ def register() -> None:
     if _active:
         return
     if padding := built_in():
-        _say(logging.INFO, f"vllm_patch stands down: {padding}.")
+        _stand_down(padding)
         return
     if problem := unsupported():
         _stay_stock(problem)
@@ -110,6 +110,11 @@ def _on_import(patch: Patch, _module) -> None:
     except UnexpectedTarget as error:
         unregister()
         _stay_stock(f"{error}.")
+
+
+@functools.cache
+def _stand_down(padding: str) -> None:
+    _say(logging.INFO, f"vllm_patch stands down: {padding}.")
 
 
 def _stay_stock(problem: str) -> None:

@@ -8,5 +8,5 @@ commits.py    the series: which file goes upstream in which commit, and why
 hooks/        FIRST-LAST/COMMIT.diff: what a commit changes in vLLM's own files,
               in the releases FIRST to LAST
 generate.py   a release's tree, the commits, git format-patch
-check.py      same bytes; git am; imports; the tests in the patches
+check.py      same bytes; git am; imports; vllm-patch apply; the patches' own tests
 """

@@ -21,9 +21,10 @@ def main() -> int:
         "releases", nargs="*", metavar="RELEASE", help=f"default: {' '.join(RELEASES)}"
     )
     parser.add_argument(
-        "--full",
-        action="store_true",
-        help="check: import after each commit, and run the tests in the patches",
+        "--every-commit", action="store_true", help="check: import after each commit"
+    )
+    parser.add_argument(
+        "--run-tests", action="store_true", help="check: run the tests in the patches"
     )
     args = parser.parse_intermixed_args()
     if unknown := set(args.releases) - set(RELEASES):
@@ -35,7 +36,7 @@ def main() -> int:
                 names = write_series(release, fetch(release), target)
                 print(f"{target.relative_to(PATCHES.parent)}: {len(names)} patches")
             else:
-                check.check(release, PATCHES, args.full)
+                check.check(release, PATCHES, args.every_commit, args.run_tests)
     except (GenerateError, check.CheckError) as error:
         print(f"vLLM {release}: {error}", file=sys.stderr)
         return 1

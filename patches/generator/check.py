@@ -18,6 +18,7 @@ from patches.generator.generate import (
     write_series,
 )
 from tests.vllm_tree import fetch
+from vllm_patch.cli.main import main as vllm_patch
 
 HOOKED = "vllm.model_executor.layers.quantization.fp8"
 
@@ -26,14 +27,16 @@ class CheckError(Exception):
     """A committed series is not what it should be."""
 
 
-def check(release: str, patches: Path, full: bool = False) -> None:
+def check(
+    release: str, patches: Path, every_commit: bool = False, run_tests: bool = False
+) -> None:
     """Check the series ``patches/vRELEASE`` and print what was seen.
 
     Args:
         release: The vLLM release.
         patches: Folder that holds the series of all releases.
-        full: Import after each commit and not the last one only, and run the tests
-            in the patches, which must fail without the hooks.
+        every_commit: Import the tree after each commit, and not the last one only.
+        run_tests: Run the tests in the patches, which must fail without the hooks.
 
     Raises:
         CheckError: The series differs from what is generated, does not apply to the
@@ -49,10 +52,11 @@ def check(release: str, patches: Path, full: bool = False) -> None:
         for commit, name in zip(COMMITS, names, strict=True):
             apply_patch(tree, folder / name)
             check_sources(tree, sources[commit.name])
-            if full or commit is COMMITS[-1]:
+            if every_commit or commit is COMMITS[-1]:
                 check_imports(tree)
-        said = "as generated, applied by git am, imported"
-        if full:
+        check_command(tree)
+        said = "as generated; git am, imports, apply and --reverse work"
+        if run_tests:
             said += f"; {check_tests(tree)}"
     print(f"vLLM {release}: {len(names)} patches, {said}", flush=True)
 
@@ -103,6 +107,21 @@ def check_imports(tree: Path) -> None:
     done = _in_tree(tree, stdin="\n".join([HOOKED, *sorted(names)]))
     if done.returncode:
         raise CheckError(f"the patched tree does not import:\n{done.stderr[-2000:]}")
+
+
+def check_command(tree: Path) -> None:
+    """``vllm-patch apply`` does what git am did, and ``--reverse`` undoes it."""
+    patched = git(tree, "rev-parse", "HEAD^{tree}")
+    git(tree, "checkout", "--quiet", f"HEAD~{len(COMMITS)}")
+    base = git(tree, "rev-parse", "HEAD^{tree}")
+    for expected, options in ((patched, []), (base, ["--reverse"])):
+        code = vllm_patch(["apply", str(tree), *options])
+        git(tree, "add", "--all", "--force")
+        if code or git(tree, "write-tree") != expected:
+            raise CheckError(
+                f"vllm-patch apply {' '.join(options)} leaves another tree"
+            )
+    git(tree, "checkout", "--quiet", "-")
 
 
 def check_tests(tree: Path) -> str:
