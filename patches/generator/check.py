@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proves that a release's committed series is what it should be, and works."""
 
+import contextlib
 import filecmp
+import io
 import os
 import shutil
 import subprocess
@@ -115,12 +117,12 @@ def check_command(tree: Path) -> None:
     git(tree, "checkout", "--quiet", f"HEAD~{len(COMMITS)}")
     base = git(tree, "rev-parse", "HEAD^{tree}")
     for expected, options in ((patched, []), (base, ["--reverse"])):
-        code = vllm_patch(["apply", str(tree), *options])
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = vllm_patch(["apply", str(tree), *options])
         git(tree, "add", "--all", "--force")
         if code or git(tree, "write-tree") != expected:
-            raise CheckError(
-                f"vllm-patch apply {' '.join(options)} leaves another tree"
-            )
+            command = " ".join(["vllm-patch apply", *options])
+            raise CheckError(f"{command} leaves other files than git am or vLLM")
     git(tree, "checkout", "--quiet", "-")
 
 
