@@ -234,8 +234,10 @@ for _ in range(2):
 import vllm.envs
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 print(json.dumps([
-    said, hasattr(Fp8Config.get_quant_method, "__wrapped__"),
-    vllm.envs.VLLM_FP8_TP_PADDING, sorted(m for m in sys.modules if "fp8_tp_padding" in m)
+    said,
+    hasattr(Fp8Config.get_quant_method, "__wrapped__"),
+    vllm.envs.VLLM_FP8_TP_PADDING,
+    [module for module in sys.modules if "fp8_tp_padding" in module],
 ]))
 """
 FOLDER = "vllm/model_executor/layers/quantization/fp8_tp_padding"
