@@ -65,6 +65,8 @@ def write_series(release: str, tree: Path, target: Path) -> list[str]:
         repository = Path(scratch)
         for path in sorted({p for c in COMMITS for p in _hooked_files(c, release)}):
             _copy(tree / path, repository / path)
+            # Some of vLLM's files are executable, and a patch names the mode.
+            shutil.copymode(tree / path, repository / path)
         git(repository, "init", "--quiet")
         _commit(repository, f"vLLM {release}")
         for commit in COMMITS:

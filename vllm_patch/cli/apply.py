@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{'would remove' if content is None else 'would write'} {path}")
         return 0
     write_all(args.tree, files)
-    done = "taken out of" if args.reverse else "applied to"
-    print(f"{len(series.patches)} patches {done} {what}, {len(files)} files.")
+    done = "Took the patches out of" if args.reverse else "Applied the patches to"
+    print(f"{done} {what}: {len(files)} files.")
     return 0
 
 

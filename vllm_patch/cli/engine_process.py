@@ -107,11 +107,13 @@ def run(
 
 
 def environment(patched: bool) -> dict[str, str]:
-    """Return the child's environment; without the plugin vLLM is truly stock."""
+    """Return the child's environment; stock means neither plugin nor patches."""
     env = {**ENVIRONMENT, **os.environ}
     if not patched:
         env["VLLM_PLUGINS"] = ",".join(_other_plugins())
         env.pop("VLLM_FP8_TP_PADDING", None)
+        if plugin.built_in():
+            env["VLLM_FP8_TP_PADDING"] = "off"
         return env
     if "VLLM_PLUGINS" in env:
         env["VLLM_PLUGINS"] = ",".join([*_other_plugins(), plugin.NAME])
