@@ -16,7 +16,8 @@ RELEASES = (
 )
 
 LIBRARY = "vllm/model_executor/layers/quantization/fp8_tp_padding"
-TESTS = "tests/quantization/fp8_tp_padding"
+# A folder that jobs of vLLM's CI collect in each release.
+TESTS = "tests/kernels/quantization/fp8_tp_padding"
 
 # Folder here -> folder in a vLLM tree. Files are copied byte for byte.
 FOLDERS = {"vllm_patch/fp8_tp_padding": LIBRARY, "tests/fp8_tp_padding": TESTS}
@@ -40,6 +41,7 @@ class Commit:
         name: Names the commit's hooks: ``hooks/*/NAME.diff``.
         message: Subject, blank line, body; the sign-off is added.
         sources: Files of ``FOLDERS`` that come with this commit; ``*`` as in a shell.
+
     """
 
     name: str

@@ -99,7 +99,7 @@ def test_the_new_files_are_the_packages(tree):
 def test_reverse_also_removes_what_python_compiled(tree):
     before = snapshot(tree)
     main(["apply", str(tree)])
-    for folder in (LIBRARY, "tests/quantization/fp8_tp_padding"):
+    for folder in (LIBRARY, "tests/kernels/quantization/fp8_tp_padding"):
         cache = tree / folder / "__pycache__"
         cache.mkdir()
         (cache / "__init__.cpython-311.pyc").touch()
@@ -173,7 +173,7 @@ def test_a_tree_inside_another_repository(series, tmp_path, monkeypatch):
 
 
 def test_hard_links_keep_their_content(tree):
-    """uv links site-packages to its cache."""
+    """Uv links site-packages to its cache."""
     cached = tree.parent / "cached.py"
     os.link(tree / FP8, cached)
     original = cached.read_bytes()
@@ -278,7 +278,7 @@ def test_half_applied(tree, series, capsys, reverse):
 
 
 def test_a_folder_left_over_by_an_upgrade(tree, capsys):
-    """pip removes what it installed, and so leaves our files when vLLM goes."""
+    """Pip removes what it installed, and so leaves our files when vLLM goes."""
     vllms_own = (tree / FP8).read_bytes(), (tree / "vllm/envs.py").read_bytes()
     main(["apply", str(tree)])
     (tree / FP8).write_bytes(vllms_own[0])

@@ -2,9 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Checkpoints that cannot be right stop the load, and the message says what to do."""
 
-import re
-
 import pytest
+import regex as re
 import torch
 
 from . import experts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .experts import BLOCK, FP8, dequantize, poison
-from .tensor_parallel import rank_of
+from .tensor_parallel import rank_of, runs_kernels
 
 HIDDEN = 256
 
@@ -118,6 +118,7 @@ def fake_quantize(x):
     return (x / scale).to(FP8).float() * scale
 
 
+@runs_kernels
 @pytest.mark.parametrize("rank", range(8))
 def test_qkv_with_replicated_heads(rank):
     """Heads of 64, two KV heads on eight ranks: every slice straddles or is small."""
@@ -183,6 +184,7 @@ def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm()).item()
 
 
+@runs_kernels
 def test_small_shards_keep_their_scales_where_stock_overwrites_them(monkeypatch):
     """Three shards of 64 share two scale rows in stock: the last load wins.
 
@@ -241,6 +243,7 @@ def test_other_layers_are_stock(kind, kwargs):
     assert method_name(layer) == "Fp8LinearMethod"
 
 
+@runs_kernels
 @pytest.mark.parametrize("rank", range(8))
 def test_row_parallel_forward(rank):
     weight, scale = matrix(HIDDEN, 640, seed=0)
@@ -271,6 +274,7 @@ def test_vllm_sees_no_padding():
     assert list(dict(layer.named_parameters())) == ["weight", "weight_scale_inv"]
 
 
+@runs_kernels
 def test_raw_weights_are_read_without_padding():
     """MLA reads kv_b_proj's weight: 2 heads of 192 + 128 on each rank."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import (
@@ -331,6 +335,7 @@ def test_missing_scale():
         run(layer, torch.zeros(1, HIDDEN), 8, 3)
 
 
+@runs_kernels
 def test_vllm_reloads_layer_by_layer():
     from vllm.model_executor.model_loader import reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info

@@ -7,6 +7,9 @@ import torch
 
 from . import experts
 from .experts import BLOCK, Checkpoint, build, load
+from .tensor_parallel import runs_kernels
+
+pytestmark = runs_kernels
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 5, 3, 2, 256
 

@@ -260,7 +260,7 @@ def test_dummy_weights_need_no_checkpoint():
 
 
 def test_sparse_updates_keep_what_is_nan():
-    """vLLM 0.29+: an update has NaN for values that stay, in weights and scales."""
+    """VLLM 0.29+: an update has NaN for values that stay, in weights and scales."""
     if vllm_version() < (0, 29):
         pytest.skip("this release has no sparse weight updates")
     from vllm.model_executor.model_loader import checkpoint_weight_patch as sparse

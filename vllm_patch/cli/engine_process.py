@@ -43,6 +43,7 @@ class EngineProcess:
         label: What the table calls it.
         engine: Arguments for ``vllm.LLM``.
         patched: Whether this package's plugin is loaded.
+
     """
 
     label: str
@@ -60,6 +61,7 @@ class EngineResult:
         padding: The plugin's log line, or None if it padded nothing.
         seconds: Wall time of the process.
         log: File with all the process printed.
+
     """
 
     scores: dict[str, Any] | None

@@ -27,6 +27,7 @@ class Series:
         patches: The patches.
         contents: Path in the tree -> git blob hashes of the file: before the series,
             after each patch that changes it; ``NO_FILE`` where there is none.
+
     """
 
     release: str

@@ -21,6 +21,7 @@ class PaddedSize:
         total: Elements of the unsharded dimension.
         block: Elements of one quant block.
         tp_size: Ranks that share it.
+
     """
 
     layer_kind: str
