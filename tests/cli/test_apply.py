@@ -229,6 +229,14 @@ def test_release_whose_files_conflict(tree, series, capsys):
     assert snapshot(tree) == before
 
 
+def test_release_that_lacks_a_file(tree, capsys):
+    state_release(tree, "99.0")
+    (tree / FP8).unlink()
+    message = refused(capsys, tree)
+    assert "The nearest, for 0.33.0, conflicts in" in message
+    assert f" {FP8}" in message
+
+
 def test_files_of_another_release(tree, series, capsys):
     other = "0.28.0" if series.release != "0.28.0" else "0.33.0"
     state_release(tree, other)
@@ -299,7 +307,9 @@ def test_read_only(tree, capsys, place):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("failing", [0, 1, 5, 11])
-def test_a_failure_while_writing_changes_nothing(tree, monkeypatch, failing, reverse):
+def test_a_failure_while_writing_changes_nothing(
+    tree, capsys, monkeypatch, failing, reverse
+):
     if reverse:
         main(["apply", str(tree)])
     before = snapshot(tree)
@@ -312,8 +322,8 @@ def test_a_failure_while_writing_changes_nothing(tree, monkeypatch, failing, rev
         put(file, content)
 
     monkeypatch.setattr(tree_change, "_put", fail_later)
-    with pytest.raises(OSError, match="no space left"):
-        main(["apply", str(tree), *(["--reverse"] if reverse else [])])
+    message = refused(capsys, tree, *(["--reverse"] if reverse else []))
+    assert f"no space left on device. {tree} is as it was before." in message
     assert len(calls) == failing + 1
     assert snapshot(tree) == before
 

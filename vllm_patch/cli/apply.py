@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
         for path, content in files.items():
             print(f"{'would remove' if content is None else 'would write'} {path}")
         return 0
-    write_all(args.tree, files)
+    try:
+        write_all(args.tree, files)
+    except OSError as error:
+        raise UsageError(f"{error}. {args.tree} is as it was before.") from error
     done = "Took the patches out of" if args.reverse else "Applied the patches to"
     print(f"{done} {what}: {len(files)} files.")
     return 0

@@ -45,15 +45,16 @@ def patched_files(
 
 
 def conflicts(tree: VllmTree, series: Series) -> list[str]:
-    """Return ``path:line`` of what a series meant for another tree trips over."""
+    """Return ``path`` or ``path:line`` of what does not take a series."""
     paths = tree.paths(series)
     found: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         copy = _copy_of(tree, paths, Path(scratch))
         for patch in series.patches:
             failure = _git_apply(copy, patch, paths)
-            found += re.findall(r"error: (?:patch failed: )?(\S+?:\d+)$", failure, re.M)
-            found += re.findall(r"error: (\S+): already exists", failure)
+            found += re.findall(r"patch failed: (\S+)", failure) or re.findall(
+                r"error: ([^:\n]+)", failure
+            )
     return list(dict.fromkeys(found))
 
 
@@ -125,7 +126,7 @@ def write_all(root: Path, files: dict[str, bytes | None]) -> None:
         raise
     for path, content in files.items():
         if content is None:
-            _remove_traces(root / path)
+            _remove_traces(root / path, root)
 
 
 def _make_folder(folder: Path) -> list[Path]:
@@ -162,12 +163,14 @@ def _restore(root: Path, before: dict[str, bytes | None], created: list[Path]) -
         folder.rmdir()
 
 
-def _remove_traces(file: Path) -> None:
+def _remove_traces(file: Path, root: Path) -> None:
     """Remove what Python compiled from a file that went, and folders left empty."""
-    for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+    cache = file.parent / "__pycache__"
+    for compiled in cache.glob(f"{file.stem}.*.pyc"):
         compiled.unlink()
     with suppress(OSError):
-        (file.parent / "__pycache__").rmdir()
+        cache.rmdir()
+    # Ends at the first folder that is not empty.
     with suppress(OSError):
-        file.parent.rmdir()
-        file.parent.parent.rmdir()
+        for folder in file.relative_to(root).parents[:-1]:
+            (root / folder).rmdir()

@@ -59,7 +59,9 @@ class VllmTree:
             ("PKG-INFO", r"^Version: (.+)"),
         ):
             content = content_of(self.root / name)
-            stated = content and re.search(pattern, content.decode(), re.MULTILINE)
+            stated = content and re.search(
+                pattern, content.decode(errors="replace"), re.MULTILINE
+            )
             if stated:
                 try:
                     return Version(stated[1].strip()).public
