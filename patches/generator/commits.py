@@ -77,8 +77,8 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
             "vllm_patch/fp8_tp_padding/engagement.py",
             "vllm_patch/fp8_tp_padding/expert_loader.py",
             "vllm_patch/fp8_tp_padding/moe.py",
-            "vllm_patch/fp8_tp_padding/scale_check.py",
             "vllm_patch/fp8_tp_padding/shard.py",
+            "vllm_patch/fp8_tp_padding/tensor_check.py",
             "vllm_patch/fp8_tp_padding/window.py",
         ),
     ),
@@ -94,14 +94,17 @@ the last one loaded wins without an error.
 
 Place each logical shard on the checkpoint's block grid. Column-parallel
 layers pad each shard's rows and hand out the real columns of the output;
-row-parallel layers pad their input. Layers that are not cut get
+row-parallel layers pad their input while they quantize it. Layers that are not cut get
 Fp8LinearMethod as before.
 
 Removable when Fp8LinearMethod itself places shards on the block grid.
 
 Issue: https://github.com/vllm-project/vllm/issues/52997
 """,
-        sources=("vllm_patch/fp8_tp_padding/linear*.py",),
+        sources=(
+            "vllm_patch/fp8_tp_padding/input_quant.py",
+            "vllm_patch/fp8_tp_padding/linear*.py",
+        ),
     ),
     Commit(
         name="tests",

@@ -48,7 +48,12 @@ def rank_of(tp_size: int, rank: int, dtype=torch.bfloat16, dp=(1, 0), backend="a
 
     """
     import vllm.distributed.parallel_state as parallel_state
-    from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+    from vllm.config import (
+        CompilationConfig,
+        DeviceConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
     from vllm.v1.worker import workspace
 
     names = [name for name in GROUPS if hasattr(parallel_state, name)]
@@ -60,7 +65,11 @@ def rank_of(tp_size: int, rank: int, dtype=torch.bfloat16, dp=(1, 0), backend="a
     }
     for name in names:
         setattr(parallel_state, name, groups.get(name, RankOfGroup()))
-    config = VllmConfig(device_config=DeviceConfig(device="cpu"))
+    config = VllmConfig(
+        device_config=DeviceConfig(device="cpu"),
+        # As vLLM sets it for every model with block-quantized weights.
+        compilation_config=CompilationConfig(custom_ops=["+quant_fp8"]),
+    )
     config.model_config = types.SimpleNamespace(
         dtype=dtype,
         hf_config=None,

@@ -218,6 +218,32 @@ def test_fused_tensors_are_taken_apart(rank):
             )
 
 
+@runs_kernels
+@pytest.mark.parametrize("rank", range(4))
+def test_fused_shards_inside_one_block_share_its_scale(rank):
+    weight, scale = matrix(192, HIDDEN, seed=0)
+    layer = merged(4, rank, [128, 32, 32], dtype=torch.float32)
+    poison(layer)
+    load(layer, {None: (weight, scale)})
+    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    rows = [
+        slice(rank * 32, rank * 32 + 32),
+        *(slice(start + rank * 8, start + rank * 8 + 8) for start in (128, 160)),
+    ]
+    whole = linear_reference(x, weight, scale)
+    expected = torch.cat([whole[:, mine] for mine in rows], -1)
+    assert relative_error(run(layer, x, 4, rank), expected) < 1e-5
+
+
+def test_scales_of_shards_that_were_fused_after_quantization_are_refused():
+    """Two of [32, 32] would be one row each; fused before, they share one."""
+    layer = merged(2, 0, [32, 32])
+    with pytest.raises(
+        ValueError, match=r"shape \(2, 2\), but logical shards \[0, 1\]"
+    ):
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, torch.ones(2, 2))
+
+
 def test_a_fused_tensor_with_shards_inside_a_block_is_refused():
     layer = merged(2, 0, [192, 192])
     scale = torch.ones(3, 2)

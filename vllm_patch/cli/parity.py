@@ -138,16 +138,11 @@ def _processes(
     args: argparse.Namespace, config: ModelConfig, work: Path
 ) -> dict[str, EngineProcess]:
     """Return the four runs by role, in the order they are made."""
-    for option, size in (
-        ("--baseline-tp", args.baseline_tp),
-        ("--control-tp", args.control_tp or 1),
-    ):
-        experts = config.cuts_experts(size) and option == "--baseline-tp"
-        if experts or config.cuts_linear(size):
-            raise UsageError(
-                f"{option} {size} cuts quant blocks of {config.path}, so stock vLLM "
-                "is no measure there; give a size that keeps them whole."
-            )
+    if config.cuts_experts(args.baseline_tp) or config.cuts_linear(args.baseline_tp):
+        raise UsageError(_no_measure("--baseline-tp", args.baseline_tp, config))
+    # A control may cut experts: they are then widened or kept whole.
+    if args.control_tp and config.cuts_linear(args.control_tp):
+        raise UsageError(_no_measure("--control-tp", args.control_tp, config))
     if not config.cuts_experts(args.tp) and not config.cuts_linear(args.tp):
         raise UsageError(
             f"--tp {args.tp} keeps the quant blocks of {config.path} whole: stock vLLM "
@@ -186,6 +181,13 @@ def _processes(
         "stock": process(f"stock TP {args.tp}", args.tp),
         "patched": process(f"patched TP {args.tp}", args.tp, patched=True),
     }
+
+
+def _no_measure(option: str, size: int, config: ModelConfig) -> str:
+    return (
+        f"{option} {size} cuts quant blocks of {config.path}, so stock vLLM is no "
+        "measure there; give a size that keeps them whole."
+    )
 
 
 def _control_tp(config: ModelConfig, tp: int, baseline_tp: int) -> int:

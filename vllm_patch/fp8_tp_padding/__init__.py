@@ -12,6 +12,7 @@ inside the plugin and inside a vLLM source tree.
     linear.py         the fork of Fp8LinearMethod
     linear_layout.py  the logical shards of vLLM's linear layers
     linear_loader.py  checkpoint tensors into its parameters
-    scale_check.py    what a block scale may be
+    input_quant.py    quantizes and pads the input of row-parallel layers
+    tensor_check.py   what a checkpoint's tensors may be
     engagement.py     the one log line that says what was padded
 """

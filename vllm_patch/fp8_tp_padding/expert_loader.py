@@ -17,7 +17,12 @@ from typing import Literal
 
 import torch
 
-from .scale_check import REMEDY, first_bad_scale
+from .tensor_check import (
+    REMEDY,
+    check_weight_dtype,
+    first_bad_scale,
+    forgotten_on_error,
+)
 from .window import Window
 
 # (parameter name, local expert, shard id) of one tensor that was loaded.
@@ -61,12 +66,8 @@ class ExpertParameter:
         """Raise ValueError if ``tensor`` cannot be this checkpoint tensor."""
         if tuple(tensor.shape) != self.shape:
             raise ValueError(self._wrong_shape(where, tensor))
-        if self.kind == "weight" and tensor.dtype != dtype:
-            raise ValueError(
-                f"{where} has dtype {tensor.dtype}, but a block-quantized FP8 "
-                f"weight is {dtype}. List the layer in the checkpoint's "
-                "modules_to_not_convert if it is not quantized."
-            )
+        if self.kind == "weight":
+            check_weight_dtype(where, tensor, dtype)
 
     def check_scales(self, layer_name: str, param: torch.Tensor) -> None:
         """Raise ValueError if a loaded block scale is not finite and positive."""
@@ -149,12 +150,8 @@ def padded_weight_loader(
         experts = _split_experts(layer, param, parameter, loaded_weight, local_id)
         for expert, tensor in experts.items():
             where = f"{layer.layer_name}: {weight_name} of expert {expert} ({shard_id})"
-            try:
+            with forgotten_on_error(loaded):
                 parameter.check(where, tensor, param.dtype)
-            except ValueError:
-                # A later load starts anew and must be complete by itself.
-                loaded.clear()
-                raise
             parameter.load(param.data[expert], shard_id, tensor)
             loaded.add((parameter.name, expert, shard_id))
         return True if return_success else None

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
 from . import engagement
+from .input_quant import PaddedQuantFP8, quantizes_input
 from .linear_layout import LinearLayout, has_stock_loader, linear_layout
 from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
 
@@ -78,6 +79,11 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             **extra_weight_attrs,
         )
         self._set_sizes(layer, input_size_per_partition, output_partition_sizes)
+        self._pads_before = self.layout.pads_input
+        if self.layout.pads_input and quantizes_input(self.fp8_linear):
+            quant_fp8 = PaddedQuantFP8(self.fp8_linear.quant_fp8, inputs)
+            self.fp8_linear.quant_fp8 = quant_fp8
+            self._pads_before = False
         totals = [output.total for output in self.layout.outputs]
         block = self.weight_block_size[0]
         self._parameters = [
@@ -117,10 +123,11 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self.layout.pads_input:
+        if self._pads_before:
             window = self.layout.input_window()
             tail = window.span - window.lead - window.size
             x = torch.nn.functional.pad(x, (window.lead, tail))
+        if self.layout.pads_input:
             return super().apply(layer, x, bias)
         output = self._real_columns(super().apply(layer, x, None))
         return output if bias is None else output + bias

@@ -11,7 +11,12 @@ from typing import Literal
 
 import torch
 
-from .scale_check import REMEDY, first_bad_scale
+from .tensor_check import (
+    REMEDY,
+    check_weight_dtype,
+    first_bad_scale,
+    forgotten_on_error,
+)
 from .window import Window
 
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
@@ -56,12 +61,8 @@ class LinearParameter:
                 "weight_block_size in config.json against the checkpoint, and load "
                 "an unsharded one."
             )
-        if self.kind == "weight" and tensor.dtype != data.dtype:
-            raise ValueError(
-                f"{where} has dtype {tensor.dtype}, but a block-quantized FP8 weight "
-                f"is {data.dtype}. List the layer in the checkpoint's "
-                "modules_to_not_convert if it is not quantized."
-            )
+        if self.kind == "weight":
+            check_weight_dtype(where, tensor, data.dtype)
         self.slot(data, index).copy_(self.input.cut(output.cut(tensor, 0), 1))
 
     def check_scales(self, prefix: str, data: torch.Tensor) -> None:
@@ -81,10 +82,21 @@ class LinearParameter:
         self, where: str, indices: list[int], fused: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Cut a tensor that is fused on disk into its logical shards."""
+        if len(indices) == 1:
+            yield indices[0], fused
+            return
         ends = list(accumulate(self.totals[index] for index in indices))
+        expected = -(-ends[-1] // self.unit)
+        if fused.shape[:1] != (expected,):
+            raise ValueError(
+                f"{where} is fused on disk and has shape {tuple(fused.shape)}, but "
+                f"logical shards {indices} need {expected} rows. Use a checkpoint with "
+                "separate tensors, or one that was quantized after they were fused."
+            )
         starts = [0, *ends[:-1]]
         for index, start, end in zip(indices, starts, ends, strict=True):
-            if start % self.unit:
+            # A shard inside one block has that block's scale.
+            if start % self.unit and start // self.unit != (end - 1) // self.unit:
                 raise ValueError(
                     f"{where} is fused on disk, and logical shard {index} starts at "
                     f"row {start}, inside a quant block of {self.unit}: its scales "
@@ -113,21 +125,16 @@ def padded_linear_loader(
     @functools.wraps(stock_loader.__func__)
     def weight_loader(layer, param, loaded_weight, loaded_shard_id=None):
         where = f"{layer.prefix}: {parameter.name}"
-        count = len(parameter.outputs)
         if isinstance(loaded_shard_id, (int, str)):
-            index = QKV_SHARDS.get(loaded_shard_id, loaded_shard_id)
-            pieces = [(index, loaded_weight)]
+            indices = [QKV_SHARDS.get(loaded_shard_id, loaded_shard_id)]
+        elif loaded_shard_id is None:
+            indices = list(range(len(parameter.outputs)))
         else:
-            indices = list(range(count) if loaded_shard_id is None else loaded_shard_id)
-            pieces = list(parameter.split(where, indices, loaded_weight))
-        try:
-            for index, tensor in pieces:
+            indices = list(loaded_shard_id)
+        with forgotten_on_error(loaded):
+            for index, tensor in parameter.split(where, indices, loaded_weight):
                 parameter.load(where, param.data, index, tensor)
                 loaded.add((parameter.name, index))
-        except ValueError:
-            # A later load starts anew and must be complete by itself.
-            loaded.clear()
-            raise
 
     return MethodType(weight_loader, layer)
 

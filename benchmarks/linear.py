@@ -1,0 +1,352 @@
+"""Padded block-FP8 linear layers against stock ones of the next aligned size.
+
+``python -m benchmarks.linear`` runs every kernel that vLLM has for block-FP8 linear
+layers on this GPU. For each one it first checks all ranks against an fp32 reference
+and then times CUDA graphs of one straddling rank. The control, in the same run, is
+stock vLLM's layer whose shards are rounded up to whole blocks.
+
+Exits with 1 if a padded layer errs more than 1.1 times as much as the control, does
+not run where the control does, or a layer that needs no padding launches other
+kernels with the plugin than without it.
+"""
+
+import argparse
+import copy
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+
+from benchmarks import graph_timing
+from benchmarks.linear_cases import BLOCK, CASES, Case, Quantized, round_up
+from benchmarks.one_rank import rank_of
+from benchmarks.record import Rows, environment
+from vllm_patch import plugin
+
+TOLERATED_ERROR = 1.1
+TOLERATED_TIME = 1.1
+CHECKED_TOKENS = 17
+# Weights in rotation: three times the 60 MB of an H200's L2, so none stays in it.
+ROTATED_BYTES = 180e6
+MAX_COPIES = 256
+
+
+@dataclass
+class Run:
+    """What the command was asked to do, and what it found."""
+
+    device: torch.device
+    tokens: list[int]
+    rows: Rows
+    deadline: float = 0.0
+    layers: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        print(f"  PROBLEM: {text}", flush=True)
+        self.problems.append(text)
+
+    def is_late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    plugin.register()
+    with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
+        where = environment(args.commit)
+        print("\n".join(f"{name:8} {value}" for name, value in where.items()))
+        rows = Rows(file, where)
+        run = Run(torch.device(args.device), args.tokens, rows)
+        cases = [case for case in CASES if args.cases in case.name]
+        for case in cases:
+            print(f"vLLM chooses {_choice(run, case)} for {case.name}")
+        for name in args.backends or _backends():
+            run.deadline = time.monotonic() + args.budget
+            with _only(name):
+                _run_backend(run, name, cases, timed=not args.check_only)
+    print(f"\n{run.layers} layers checked, {len(run.problems)} problems")
+    print(*run.problems, sep="\n")
+    return 1 if run.problems or not run.layers else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.linear",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--backends", nargs="+", help="kernel classes (default: all that vLLM has)")
+    add("--cases", default="", help="only layers whose name contains this")
+    add("--tokens", nargs="+", type=int, default=[1, 16, 256, 4096])
+    add("--budget", type=float, default=180.0, help="seconds for one kernel class")
+    add("--check-only", action="store_true", help="correctness, no timing")
+    add("--device", default=cuda)
+    add("--csv", help="file for the rows")
+    add("--commit", help="commit that is measured, where git cannot tell")
+    return parser.parse_args(argv)
+
+
+def _backends() -> list[str]:
+    """Return vLLM's kernels for block-FP8 linear layers, in its order of preference."""
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import current_platform
+
+    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS[current_platform._enum]
+    return [kernel.__name__ for kernel in kernels]
+
+
+def _choice(run: Run, case: Case) -> str:
+    layer = case.build(_timed_rank(case), run.device)
+    return type(layer.quant_method.fp8_linear).__name__
+
+
+def _only(name: str):
+    others = ",".join(other for other in _backends() if other != name)
+    return mock.patch.dict(os.environ, VLLM_DISABLED_KERNELS=others)
+
+
+def _run_backend(run: Run, name: str, cases: list[Case], timed: bool) -> None:
+    print(f"\n{name}", flush=True)
+    reason = _reason_against(run, name, cases[0])
+    if reason:
+        print(f"  not available: {reason}")
+        return
+    checked = [case for case in cases if _check(run, name, case)]
+    run.layers += len(checked)
+    for case in checked if timed else ():
+        try:
+            _time(run, name, case)
+        except Exception as error:  # The other layers shall run.
+            run.problem(f"{name}, {case.name}: {_first_line(error)}")
+
+
+def _reason_against(run: Run, name: str, case: Case) -> str | None:
+    """Return why vLLM cannot use the kernel here, or None."""
+    try:
+        case.aligned().build(0, run.device)
+    except ValueError as error:
+        # vLLM lists a reason for each kernel; without one they are not about kernels.
+        reasons = [line for line in str(error).splitlines() if name in line]
+        return reasons[0].strip() if reasons else str(error)
+    return None
+
+
+# -- correctness --------------------------------------------------------------
+
+
+def _check(run: Run, backend: str, case: Case) -> bool:
+    """Compare all ranks, odd ones first, with the control; say whether to go on."""
+    if run.is_late():
+        run.problem(f"{backend}, {case.name}: not checked, the budget is spent")
+        return False
+    try:
+        stock = _total_error(run, case.aligned())
+    except Exception as error:  # Kernels raise what they like.
+        print(f"  {case.name:26} stock fails: {_first_line(error)}", flush=True)
+        return False
+    try:
+        ours = _total_error(run, case)
+    except Exception as error:
+        run.problem(f"{backend}, {case.name}: {_first_line(error)}")
+        return False
+    print(f"  {case.name:26} error {ours:.2e}, stock {stock:.2e}", flush=True)
+    if not ours <= TOLERATED_ERROR * stock:
+        run.problem(f"{backend}, {case.name}: error {ours:.2e}, stock's {stock:.2e}")
+        return False
+    return True
+
+
+def _total_error(run: Run, case: Case) -> float:
+    """Return the root mean square of the relative errors of all ranks.
+
+    One rank also runs each number of tokens that is timed.
+    """
+    tensors = case.tensors(run.device)
+    errors = []
+    for rank in sorted(range(case.tp_size), key=lambda rank: rank % 2 == 0):
+        layer = _loaded(run, case, tensors, rank)
+        counts = run.tokens if rank == _timed_rank(case) else []
+        for tokens in {CHECKED_TOKENS, *counts}:
+            x = _activations(run, case, rank, tokens)
+            errors.append(_error(case, layer, tensors, rank, x))
+    return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+
+
+def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) -> float:
+    with rank_of(case.tp_size, rank), torch.inference_mode():
+        value = layer(x)[0].float()
+    expected = _reference(case, tensors, rank, x, _quantizes(layer))
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def _reference(case, tensors, rank, x, quantizes: bool) -> torch.Tensor:
+    """Multiply in fp32: dequantized checkpoint, and groups on its block grid."""
+    parts = case.parts(rank)
+    lead, span = (parts[0].lead, parts[0].span) if case.is_row else (0, x.shape[-1])
+    size = x.shape[-1]
+    x = torch.nn.functional.pad(x.float(), (lead, span - lead - size))
+    x = (_fake_quantize(x) if quantizes else x).narrow(-1, lead, size)
+    whole = [tensor.dequantized() for tensor in tensors]
+    dim = 1 if case.is_row else 0
+    mine = [w.narrow(dim, p.start, p.size) for w, p in zip(whole, parts, strict=True)]
+    return x @ torch.cat(mine).T
+
+
+def _fake_quantize(x: torch.Tensor) -> torch.Tensor:
+    groups = x.unflatten(-1, (-1, BLOCK))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
+    return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+
+
+def _quantizes(layer: torch.nn.Module) -> bool:
+    """Whether the layer's kernel takes FP8 activations; Marlin does not."""
+    return hasattr(layer.quant_method.fp8_linear, "apply_block_scaled_mm")
+
+
+def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):
+    layer = case.build(rank, run.device)
+    case.load(layer, tensors, rank)
+    is_padded = "Padded" in type(layer.quant_method).__name__
+    assert is_padded == any(part.size % BLOCK for part in case.parts(rank)), case
+    return layer
+
+
+def _activations(run: Run, case: Case, rank: int, tokens: int) -> torch.Tensor:
+    size = case.parts(rank)[0].size if case.is_row else case.whole
+    generator = torch.Generator(run.device).manual_seed(rank)
+    return torch.randn(
+        tokens, size, generator=generator, device=run.device, dtype=torch.bfloat16
+    )
+
+
+# -- time ---------------------------------------------------------------------
+
+
+def _time(run: Run, backend: str, case: Case) -> None:
+    """Print a row for each number of tokens."""
+    rank = _timed_rank(case)
+    padded, stock = _Timed(run, case, rank), _Timed(run, case.aligned(), rank)
+    _compare_aligned(run, backend, case.aligned(), rank, stock)
+    for tokens in run.tokens:
+        if run.is_late():
+            run.problem(f"{backend}, {case.name}, {tokens} tokens: out of budget")
+            return
+        graphs = [padded.graph(tokens), stock.graph(tokens)]
+        times = graph_timing.microseconds(graphs)
+        ours, theirs = (
+            t / w.copies for t, w in zip(times, (padded, stock), strict=True)
+        )
+        launched = [len(timed.launches(tokens)) for timed in (padded, stock)]
+        _print_row(run, backend, case, rank, tokens, ours, theirs, launched)
+
+
+def _print_row(run, backend, case, rank, tokens, ours, theirs, launched) -> None:
+    sizes = [part.size for part in case.parts(rank)]
+    spans = [part.span for part in case.parts(rank)]
+    ratio = ours / theirs
+    mark = " " if ratio <= TOLERATED_TIME else "*"
+    print(
+        f"  {case.name:26} {_join(sizes):>13} -> {_join(spans):>13} "
+        f"stock {_join(map(round_up, sizes)):>13} {tokens:5} tokens "
+        f"{ours:8.2f} us {theirs:8.2f} us {ratio:6.2f}{mark} "
+        f"launches {launched[0]} / {launched[1]}",
+        flush=True,
+    )
+    run.rows.add(
+        {
+            "backend": backend,
+            "layer": case.name,
+            "rank": rank,
+            "sizes": _join(sizes),
+            "padded": _join(spans),
+            "stock": _join(map(round_up, sizes)),
+            "tokens": tokens,
+            "padded_us": f"{ours:.3f}",
+            "stock_us": f"{theirs:.3f}",
+            "ratio": f"{ratio:.3f}",
+            "padded_launches": launched[0],
+            "stock_launches": launched[1],
+        }
+    )
+
+
+class _Timed:
+    """Copies of one rank's layer, enough not to be served from the L2 cache."""
+
+    def __init__(self, run: Run, case: Case, rank: int):
+        self.run, self.case, self.rank = run, case, rank
+        layer = _loaded(run, case, case.tensors(run.device), rank)
+        size = sum(param.nbytes for param in layer.parameters())
+        self.copies = min(MAX_COPIES, max(4, round(ROTATED_BYTES / size)))
+        self.layers = [layer, *(_copy(layer) for _ in range(self.copies - 1))]
+
+    def calls(self, tokens: int) -> list[Callable]:
+        x = _activations(self.run, self.case, self.rank, tokens)
+        return [functools.partial(layer, x) for layer in self.layers]
+
+    def graph(self, tokens: int) -> torch.cuda.CUDAGraph:
+        with rank_of(self.case.tp_size, self.rank), torch.inference_mode():
+            return graph_timing.capture(self.calls(tokens))
+
+    def launches(self, tokens: int) -> list[str]:
+        with rank_of(self.case.tp_size, self.rank), torch.inference_mode():
+            return graph_timing.launches(self.calls(tokens)[0])
+
+
+def _copy(layer: torch.nn.Module) -> torch.nn.Module:
+    """Return a layer with weights of its own that shares the rest."""
+    twin = copy.copy(layer)
+    twin._parameters = {
+        name: None
+        if param is None
+        else torch.nn.Parameter(param.data.clone(), requires_grad=False)
+        for name, param in layer._parameters.items()
+    }
+    return twin
+
+
+def _compare_aligned(run, backend: str, case: Case, rank: int, with_plugin) -> None:
+    """Check that the plugin changes no launch of a layer that needs no padding."""
+    plugin.unregister()
+    try:
+        stock = _Timed(run, case, rank).launches(run.tokens[0])
+    finally:
+        plugin.register()
+    ours = with_plugin.launches(run.tokens[0])
+    if ours != stock:
+        run.problem(f"{backend}, {case.name}: launches {ours}, without plugin {stock}")
+
+
+def _timed_rank(case: Case) -> int:
+    """Return the first straddling rank among those with the largest padded shards."""
+    ranks = range(case.tp_size)
+    return max(
+        ranks,
+        key=lambda rank: (
+            sum(part.span for part in case.parts(rank)),
+            any(part.lead for part in case.parts(rank)),
+            -rank,
+        ),
+    )
+
+
+def _join(sizes) -> str:
+    return "+".join(map(str, sizes))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

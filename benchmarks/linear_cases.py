@@ -1,0 +1,184 @@
+"""Linear layers of real models that tensor parallelism cuts inside a quant block."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from benchmarks.one_rank import rank_of
+
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of one logical shard: ``[start, start + size)`` of ``total``."""
+
+    total: int
+    start: int
+    size: int
+
+    @property
+    def lead(self) -> int:
+        return self.start % BLOCK
+
+    @property
+    def span(self) -> int:
+        return round_up(self.lead + self.size)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear layer of a model.
+
+    Attributes:
+        name: Model and layer.
+        kind: Its class in ``vllm.model_executor.layers.linear``.
+        whole: The dimension that is not cut.
+        cut: Sizes that are cut, over all ranks: the input of a row-parallel layer,
+            the logical shards of a merged one, query and KV heads of a QKV one.
+        tp_size: Tensor-parallel size.
+        head: Head size of a QKV layer.
+
+    """
+
+    name: str
+    kind: str
+    whole: int
+    cut: tuple[int, ...]
+    tp_size: int = 8
+    head: int = 64
+
+    @property
+    def is_row(self) -> bool:
+        return self.kind == "RowParallelLinear"
+
+    def parts(self, rank: int) -> list[Part]:
+        """Return rank ``rank``'s part of each logical shard."""
+        if self.kind != "QKVParallelLinear":
+            return [part(size, rank, self.tp_size) for size in self.cut]
+        heads, kv_heads = self.cut
+        replicas = max(1, self.tp_size // kv_heads)
+        kv = part(kv_heads * self.head, rank // replicas, self.tp_size // replicas)
+        return [part(heads * self.head, rank, self.tp_size), kv, kv]
+
+    def aligned(self) -> "Case":
+        """Return the stock layer of the next aligned size: the control."""
+        sizes = [round_up(p.size) * self.tp_size for p in self.parts(0)]
+        kind = self.kind if self.is_row else "MergedColumnParallelLinear"
+        return replace(self, name=f"{self.name}, aligned", kind=kind, cut=tuple(sizes))
+
+    def build(self, rank: int, device: torch.device) -> torch.nn.Module:
+        """Return vLLM's layer for one rank, its parameters full of NaN."""
+        from vllm.model_executor.layers import linear
+        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+        config = Fp8Config(
+            is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK, BLOCK]
+        )
+        with rank_of(self.tp_size, rank), device:
+            layer = getattr(linear, self.kind)(
+                **self._sizes(), bias=False, quant_config=config, prefix=self.name
+            )
+        for param in layer.parameters():
+            if param.dtype == FP8:
+                param.data.view(torch.uint8).fill_(0x7F)
+            else:
+                param.data.fill_(float("nan"))
+        return layer
+
+    def _sizes(self) -> dict:
+        if self.is_row:
+            sizes = {"input_size": self.cut[0], "output_size": self.whole}
+            return {**sizes, "reduce_results": False}
+        if self.kind == "QKVParallelLinear":
+            heads, kv_heads = self.cut
+            sizes = {"hidden_size": self.whole, "head_size": self.head}
+            return {
+                **sizes,
+                "total_num_heads": heads,
+                "total_num_kv_heads": kv_heads,
+            }
+        return {"input_size": self.whole, "output_sizes": list(self.cut)}
+
+    def load(self, layer: torch.nn.Module, tensors: list["Quantized"], rank: int):
+        """Load whole checkpoint tensors and let vLLM prepare them for its kernel."""
+        if self.is_row:
+            ids: list = [()]
+        elif self.kind == "QKVParallelLinear":
+            ids = [("q",), ("k",), ("v",)]
+        else:
+            ids = [(index,) for index in range(len(tensors))]
+        for shard_id, tensor in zip(ids, tensors, strict=True):
+            for name, value in (
+                ("weight", tensor.weight),
+                ("weight_scale_inv", tensor.scale),
+            ):
+                param = getattr(layer, name)
+                param.weight_loader(param, value, *shard_id)
+        with rank_of(self.tp_size, rank):
+            layer.quant_method.process_weights_after_loading(layer)
+
+    def tensors(self, device: torch.device) -> list["Quantized"]:
+        """Return a random checkpoint: one tensor for each logical shard."""
+        generator = torch.Generator(device).manual_seed(0)
+        totals = [p.total for p in self.parts(0)]
+        shapes = [(t, self.whole) for t in totals]
+        if self.is_row:
+            shapes = [(self.whole, totals[0])]
+        return [Quantized.random(*shape, generator) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A checkpoint tensor ``[rows, columns]`` and its scale for each 128x128 block."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def random(cls, rows: int, columns: int, generator: torch.Generator):
+        """Make one whose neighbouring blocks differ 10x in scale."""
+        device = generator.device
+        kwargs = {"generator": generator, "device": device, "dtype": torch.float32}
+        weight = torch.randn(rows, columns, **kwargs).to(FP8)
+        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+        odd = torch.arange(blocks[0])[:, None] + torch.arange(blocks[1])
+        step = torch.where(odd % 2 == 1, 10.0, 1.0).float().to(device)
+        return cls(weight, 0.005 * step * (1 + torch.rand(blocks, **kwargs)))
+
+    def dequantized(self) -> torch.Tensor:
+        rows, columns = self.weight.shape
+        scale = self.scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+        return self.weight.float() * scale[:rows, :columns]
+
+
+def part(total: int, rank: int, tp_size: int) -> Part:
+    size = total // tp_size
+    return Part(total, rank * size, size)
+
+
+def round_up(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+MERGED, ROW, QKV = (
+    "MergedColumnParallelLinear",
+    "RowParallelLinear",
+    "QKVParallelLinear",
+)
+
+CASES = (
+    # 64 of each rank's 1216 are half a block.
+    Case("Qwen3-4B gate_up", MERGED, 2560, (9728, 9728)),
+    Case("Qwen3-4B down", ROW, 2560, (9728,)),
+    # 64 per rank: less than a block.
+    Case("Qwen3-Next shared gate_up", MERGED, 2048, (512, 512)),
+    Case("Qwen3-Next shared down", ROW, 2048, (512,)),
+    # 1368 per rank; spans differ between ranks, the checkpoint's last block is partial.
+    Case("DeepSeek-V2-Lite gate_up", MERGED, 2048, (10944, 10944)),
+    Case("DeepSeek-V2-Lite down", ROW, 2048, (10944,)),
+    # Heads of 64: 192 query columns per rank, each KV head on two ranks.
+    Case("24 heads of 64, 4 KV: qkv", QKV, 1536, (24, 4)),
+    Case("24 heads of 64, 4 KV: o", ROW, 1536, (24 * 64,)),
+)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""The kernel that pads and quantizes, against padding first and vLLM's own."""
+
+import pytest
+import torch
+
+from .tensor_parallel import rank_of, runs_kernels
+from .test_linear_loading import build
+
+pytestmark = runs_kernels
+
+LAYOUTS = {
+    "rows": {},
+    "columns": {"column_major_scales": True},
+    # Groups start at multiples of 16 bytes, for DeepGEMM.
+    "aligned columns": {"column_major_scales": True, "tma_aligned_scales": True},
+    "powers of two": {"use_ue8m0": True},
+}
+
+
+def quantizers(layout: str, window):
+    """Return vLLM's quantization and ours."""
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.input_quant import (
+        PaddedQuantFP8,
+    )
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    with rank_of(1, 0):
+        options = {"use_ue8m0": False, **LAYOUTS[layout]}
+        stock = QuantFP8(static=False, group_shape=GroupShape(1, 128), **options)
+    return stock, PaddedQuantFP8(stock, window)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+# One token; more than a program owns, and not a multiple of what TMA aligns to.
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+# Inside a block; straddling two; three blocks, from the start of the first.
+@pytest.mark.parametrize(("lead", "size"), [(32, 64), (96, 96), (0, 270)])
+def test_it_is_what_vllm_makes_of_the_padded_input(layout, tokens, lead, size):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
+
+    span = -(-(lead + size) // 128) * 128
+    stock, ours = quantizers(layout, Window(10 * size, size, size, lead, span))
+    # A view of a larger tensor, whose other columns must not be read.
+    whole = torch.full((tokens, size + 40), float("nan"), dtype=torch.bfloat16)
+    x = whole[:, 8 : 8 + size]
+    x.copy_(torch.randn(tokens, size) * torch.logspace(-3, 3, size))
+    codes, scales = ours(x)
+    if not tokens:
+        assert codes.shape == (0, span) and scales.shape == (0, span // 128)
+        return
+    padded = torch.nn.functional.pad(x, (lead, span - lead - size))
+    expected_codes, expected_scales = stock.forward_cuda(padded)
+    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+    assert torch.equal(scales, expected_scales)
+    assert scales.stride() == expected_scales.stride()
+
+
+def test_the_shapes_that_torch_compile_sees():
+    args = (32, 256, 128, True, 4, False)
+    x = torch.empty(9, 200, dtype=torch.bfloat16)
+    real = torch.ops.vllm.fp8_tp_padded_quant(x.zero_(), *args)
+    fake = torch.ops.vllm.fp8_tp_padded_quant(x.to("meta"), *args)
+    for value, expected in zip(fake, real, strict=True):
+        assert (value.shape, value.stride()) == (expected.shape, expected.stride())
+        assert value.dtype == expected.dtype
+
+
+def row_parallel():
+    return build("RowParallelLinear", 8, 1, input_size=640, output_size=256, bias=False)
+
+
+def test_row_parallel_layers_use_it():
+    kernel = row_parallel().quant_method.fp8_linear
+    assert type(kernel.quant_fp8).__name__ == "PaddedQuantFP8"
+
+
+@pytest.mark.parametrize("obstacle", ["no CUDA", "input as it is", "own apply", "off"])
+def test_other_kernels_get_a_padded_input(monkeypatch, obstacle):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding import input_quant
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+    kernel = type(row_parallel().quant_method.fp8_linear)
+    if obstacle == "no CUDA":
+        monkeypatch.setattr(input_quant.current_platform, "is_cuda", lambda: False)
+    elif obstacle == "input as it is":
+        monkeypatch.setattr(kernel, "apply_input_quant", False)
+    elif obstacle == "own apply":
+        monkeypatch.setattr(kernel, "apply_weights", lambda *a: None)
+    else:
+        monkeypatch.setattr(QuantFP8, "enabled", classmethod(lambda cls: False))
+    seen = []
+    method = row_parallel().quant_method
+    assert type(method.fp8_linear.quant_fp8).__name__ == "QuantFP8"
+    monkeypatch.setattr(kernel, "apply_weights", lambda s, lay, x, b: seen.append(x))
+    method.apply(None, torch.ones(3, 80))
+    (x,) = seen
+    assert x.shape == (3, 256) and x[:, 80:160].eq(1).all() and x.sum() == 3 * 80

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Quantizes a row-parallel layer's input and pads it, in one kernel launch."""
+
+import torch
+
+from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.platforms import current_platform
+from vllm.triton_utils import tl, triton
+from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from .window import Window
+
+TOKENS_PER_PROGRAM = 8
+# As in vLLM's kernel: the smallest absolute maximum of a group.
+EPS = 1e-10
+
+
+def quantizes_input(kernel: object) -> bool:
+    """Whether a kernel of ``Fp8LinearMethod`` calls ``quant_fp8`` on its input.
+
+    False where an input must be padded beforehand: the kernel takes it as it is, or
+    in a layout of scales that ``PaddedQuantFP8`` does not write.
+    """
+    stock = Fp8BlockScaledMMLinearKernel
+    if not current_platform.is_cuda() or not isinstance(kernel, stock):
+        return False
+    if type(kernel).apply_weights is not stock.apply_weights:
+        return False
+    if not kernel.apply_input_quant or not QuantFP8.enabled():
+        return False
+    packed = DeepGemmQuantScaleFMT.UE8M0
+    return not (
+        kernel.quant_fp8.use_ue8m0 and DeepGemmQuantScaleFMT.from_oracle() == packed
+    )
+
+
+class PaddedQuantFP8:
+    """Does what ``QuantFP8`` does to an input padded with zeros to ``window.span``.
+
+    Args:
+        quant_fp8: The kernel's own, with groups along the last dimension.
+        window: Where the input lies in the padded one.
+
+    """
+
+    def __init__(self, quant_fp8: QuantFP8, window: Window):
+        self.window = window
+        self.group = quant_fp8.group_size
+        self.column_major = quant_fp8.column_major_scales
+        self.row_multiple = 4 if quant_fp8.tma_aligned_scales else 1
+        self.use_ue8m0 = quant_fp8.use_ue8m0
+
+    def __call__(
+        self, x: torch.Tensor, scale=None, scale_ub=None, use_triton: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float8 ``[tokens, span]`` and float32 ``[tokens, span / group]``.
+
+        Args:
+            x: ``[tokens, size]``, contiguous in the last dimension.
+            scale: None; scales are dynamic.
+            scale_ub: None, likewise.
+            use_triton: Ignored.
+
+        """
+        assert scale is None and scale_ub is None
+        return torch.ops.vllm.fp8_tp_padded_quant(
+            x,
+            self.window.lead,
+            self.window.span,
+            self.group,
+            self.column_major,
+            self.row_multiple,
+            self.use_ue8m0,
+        )
+
+
+def _padded_quant(
+    x: torch.Tensor,
+    lead: int,
+    span: int,
+    group: int,
+    column_major: bool,
+    row_multiple: int,
+    use_ue8m0: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = _padded_quant_fake(
+        x, lead, span, group, column_major, row_multiple, use_ue8m0
+    )
+    assert x.stride(-1) == 1, "groups of the input must be contiguous"
+    tokens, size = x.shape
+    grid = triton.cdiv(tokens, TOKENS_PER_PROGRAM), span // group
+    if tokens:
+        _padded_quant_kernel[grid](
+            x,
+            codes,
+            scales,
+            tokens,
+            size,
+            lead,
+            span,
+            x.stride(0),
+            *scales.stride(),
+            EPS,
+            torch.finfo(codes.dtype).max,
+            USE_UE8M0=use_ue8m0,
+            GROUP=group,
+            TOKENS=TOKENS_PER_PROGRAM,
+        )
+    return codes, scales
+
+
+def _padded_quant_fake(
+    x: torch.Tensor,
+    lead: int,
+    span: int,
+    group: int,
+    column_major: bool,
+    row_multiple: int,
+    use_ue8m0: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, groups = x.shape[0], span // group
+    codes = x.new_empty((tokens, span), dtype=current_platform.fp8_dtype())
+    strides = (groups, 1)
+    if column_major:
+        strides = (1, (tokens + row_multiple - 1) // row_multiple * row_multiple)
+    scales = x.new_empty_strided((tokens, groups), strides, dtype=torch.float32)
+    return codes, scales
+
+
+@triton.jit
+def _padded_quant_kernel(
+    x_ptr,  # [tokens, size], floating point
+    codes_ptr,  # [tokens, span], float8, contiguous
+    scales_ptr,  # [tokens, span / GROUP], float32, any strides
+    tokens,
+    size,
+    lead,
+    span,
+    x_stride,  # from token to token
+    scales_token_stride,
+    scales_group_stride,
+    eps,
+    fp8_max,
+    USE_UE8M0: tl.constexpr,  # round scales up to powers of two
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Pad and quantize one group of TOKENS tokens.
+
+    Grid: (ceil(tokens / TOKENS), span / GROUP). Columns outside
+    ``[lead, lead + size)`` are loaded as zeros, so they change no scale.
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
+    group = tl.program_id(1)
+    column = group * GROUP + tl.arange(0, GROUP)
+    exists = token[:, None] < tokens
+    real = (column >= lead) & (column < lead + size)
+    x = tl.load(
+        x_ptr + token[:, None] * x_stride + (column - lead)[None, :],
+        mask=exists & real[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), eps), fp8_max)
+    if USE_UE8M0:
+        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    inverse = tl.div_rn(1.0, scale)
+    codes = tl.clamp(x * inverse[:, None], -fp8_max, fp8_max)
+    tl.store(
+        codes_ptr + token[:, None] * span + column[None, :],
+        codes.to(codes_ptr.dtype.element_ty),
+        mask=exists,
+    )
+    tl.store(
+        scales_ptr + token * scales_token_stride + group * scales_group_stride,
+        scale,
+        mask=token < tokens,
+    )
+
+
+direct_register_custom_op(
+    "fp8_tp_padded_quant", _padded_quant, fake_impl=_padded_quant_fake
+)
