@@ -6,20 +6,19 @@ import sys
 
 import pytest
 
-from vllm_patch import fp8_tp_padding
-
 IN_TREE = "vllm.model_executor.layers.quantization.fp8_tp_padding"
 
 
-def _name_as_in_tree() -> None:
+# After the root conftest, which prepares the process for vLLM.
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    from vllm_patch import fp8_tp_padding
+
     sys.modules[IN_TREE] = fp8_tp_padding
     prefix = f"{fp8_tp_padding.__name__}."
     for module in pkgutil.walk_packages(fp8_tp_padding.__path__, prefix):
         in_tree = module.name.replace(fp8_tp_padding.__name__, IN_TREE)
         sys.modules[in_tree] = importlib.import_module(module.name)
-
-
-_name_as_in_tree()
 
 
 @pytest.fixture(autouse=True)
