@@ -227,7 +227,6 @@ install()
 import vllm_patch.plugin
 said = []
 logger = logging.getLogger("vllm.vllm_patch")
-logger.setLevel(logging.INFO)
 logger.handle = lambda record: said.append(record.getMessage())
 for _ in range(2):
     vllm_patch.plugin.register()
@@ -248,7 +247,8 @@ def test_the_plugin_stands_down_in_a_patched_vllm(patched_vllm):
     (line,) = said
     where = patched_vllm / FOLDER
     assert line == (
-        f"vllm_patch stands down: this vLLM has the padding built in, in {where}."
+        f"vllm_patch stands down: this vLLM has the padding built in, in {where}. "
+        "The plugin can be uninstalled."
     )
     assert not wrapped
     assert mode == "auto"

@@ -114,14 +114,15 @@ def _on_import(patch: Patch, _module) -> None:
 
 @functools.cache
 def _stand_down(padding: str) -> None:
-    _say(logging.INFO, f"vllm_patch stands down: {padding}.")
+    _warn(f"vllm_patch stands down: {padding}. The plugin can be uninstalled.")
 
 
 def _stay_stock(problem: str) -> None:
-    _say(logging.WARNING, f"vllm_patch is inactive and vLLM stays stock: {problem}")
+    _warn(f"vllm_patch is inactive and vLLM stays stock: {problem}")
 
 
-def _say(level: int, message: str) -> None:
-    # vLLM calls every plugin in each of its processes; the first one speaks.
+def _warn(message: str) -> None:
+    # vLLM calls every plugin in each of its processes; the first one speaks. And
+    # before vLLM 0.32 sets its logging up, which leaves Python's own: warnings only.
     if multiprocessing.parent_process() is None:
-        logger.log(level, message)
+        logger.warning(message)
