@@ -122,7 +122,7 @@ def _stay_stock(problem: str) -> None:
 
 
 def _warn(message: str) -> None:
-    # vLLM calls every plugin in each of its processes; the first one speaks. And
-    # before vLLM 0.32 sets its logging up, which leaves Python's own: warnings only.
+    # vLLM calls every plugin in each of its processes; the first one speaks. There
+    # vLLM 0.32 has not set its logging up yet, and nothing below a warning shows.
     if multiprocessing.parent_process() is None:
         logger.warning(message)
