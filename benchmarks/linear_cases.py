@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.one_rank import rank_of
-
-BLOCK = 128
-FP8 = torch.float8_e4m3fn
+from benchmarks.quantized import BLOCK, FP8, random_scales
 
 
 @dataclass(frozen=True)
@@ -139,13 +137,10 @@ class Quantized:
     @classmethod
     def random(cls, rows: int, columns: int, generator: torch.Generator):
         """Make one whose neighbouring blocks differ 10x in scale."""
-        device = generator.device
-        kwargs = {"generator": generator, "device": device, "dtype": torch.float32}
-        weight = torch.randn(rows, columns, **kwargs).to(FP8)
+        kwargs = {"device": generator.device, "dtype": torch.float32}
+        weight = torch.randn(rows, columns, generator=generator, **kwargs).to(FP8)
         blocks = -(-rows // BLOCK), -(-columns // BLOCK)
-        odd = torch.arange(blocks[0])[:, None] + torch.arange(blocks[1])
-        step = torch.where(odd % 2 == 1, 10.0, 1.0).float().to(device)
-        return cls(weight, 0.005 * step * (1 + torch.rand(blocks, **kwargs)))
+        return cls(weight, random_scales(*blocks, generator=generator))
 
     def dequantized(self) -> torch.Tensor:
         rows, columns = self.weight.shape

@@ -10,15 +10,19 @@ import torch
 
 
 @contextlib.contextmanager
-def rank_of(tp_size: int, rank: int) -> Iterator[None]:
+def rank_of(
+    tp_size: int, rank: int, moe_backend: str = "auto", expert_parallel: bool = False
+) -> Iterator[None]:
     """Make this process rank ``rank`` of ``tp_size`` for layers that do not talk.
 
-    vLLM's linear layers read their rank and the size of the group when they are
-    built, and talk to other ranks only to reduce or gather results.
+    vLLM's linear layers and experts read their rank and the size of the group when
+    they are built, and talk to other ranks only to reduce or gather results.
 
     Args:
         tp_size: Tensor-parallel size.
         rank: This rank.
+        moe_backend: ``kernel_config.moe_backend``.
+        expert_parallel: Give each rank whole experts.
 
     """
     from vllm.config import set_current_vllm_config
@@ -30,7 +34,7 @@ def rank_of(tp_size: int, rank: int) -> Iterator[None]:
     try:
         with (
             mock.patch.object(parallel_state, "_TP", group),
-            set_current_vllm_config(_config()),
+            set_current_vllm_config(_config(moe_backend, expert_parallel)),
         ):
             yield
     finally:
@@ -38,7 +42,7 @@ def rank_of(tp_size: int, rank: int) -> Iterator[None]:
 
 
 @functools.cache
-def _config():
+def _config(moe_backend: str, expert_parallel: bool):
     from vllm.config import CompilationConfig, CompilationMode, VllmConfig
 
     # As for any block-FP8 model, activations are quantized by vLLM's CUDA kernel.
@@ -47,4 +51,6 @@ def _config():
     config.model_config = types.SimpleNamespace(
         dtype=torch.bfloat16, hf_text_config=None
     )
+    config.kernel_config.moe_backend = moe_backend
+    config.parallel_config.enable_expert_parallel = expert_parallel
     return config

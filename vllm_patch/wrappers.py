@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 VARIABLE = "VLLM_FP8_TP_PADDING"
-MODES = ["auto", "off"]
+MODES = ["auto", "padded", "off"]
 
 
 def with_padding_variable(variables: dict[str, Callable]) -> dict[str, Callable]:
-    """Add ``VLLM_FP8_TP_PADDING`` (``auto`` or ``off``) to vLLM's variables."""
+    """Add ``VLLM_FP8_TP_PADDING`` (see ``MODES``) to vLLM's variables."""
     from vllm.envs import env_with_choices
 
     return {**variables, VARIABLE: env_with_choices(VARIABLE, MODES[0], MODES)}

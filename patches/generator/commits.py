@@ -26,7 +26,8 @@ FOLDERS = {"vllm_patch/fp8_tp_padding": LIBRARY, "tests/fp8_tp_padding": TESTS}
 KEPT_HERE = {
     "tests/fp8_tp_padding/conftest.py": "runs the tests against the plugin",
     "tests/fp8_tp_padding/test_moe_engagement.py": "compares with an unpatched vLLM",
-    "tests/fp8_tp_padding/test_linear_engagement.py": "reads the plugin's log",
+    "tests/fp8_tp_padding/test_linear_engagement.py": "compares with an unpatched vLLM",
+    "tests/fp8_tp_padding/test_expert_store.py": "reads the plugin's log",
 }
 
 AUTHOR = "Seed e63180b5 maintainers"
@@ -51,6 +52,29 @@ class Commit:
 
 COMMITS = (
     Commit(
+        name="kernels",
+        message="""\
+[Kernel] Fused-MoE Triton kernels for shards that end inside a quant block
+
+A rank of a block-quantized FP8 MoE layer owns columns that start and end
+inside a 128x128 block (Qwen3-235B at TP 8: 192 of them). These kernels touch
+the real columns only: loads are masked and bounded to them, scales are taken
+by the column's place on the checkpoint's grid, and SiLU * up and the FP8
+quantization of the intermediate are part of the first GEMM.
+fp8_tp_padding/shard.py holds the geometry.
+
+Nothing uses them yet; the next commit does.
+
+Issue: https://github.com/vllm-project/vllm/issues/17569
+""",
+        sources=(
+            "vllm_patch/fp8_tp_padding/__init__.py",
+            "vllm_patch/fp8_tp_padding/masked_*.py",
+            "vllm_patch/fp8_tp_padding/shard.py",
+            "vllm_patch/fp8_tp_padding/tiles.py",
+        ),
+    ),
+    Commit(
         name="moe",
         message="""\
 [Quantization] Load block-FP8 experts at any tensor-parallel size
@@ -73,11 +97,10 @@ Removable when Fp8MoEMethod itself places shards on the block grid.
 Issue: https://github.com/vllm-project/vllm/issues/17569
 """,
         sources=(
-            "vllm_patch/fp8_tp_padding/__init__.py",
             "vllm_patch/fp8_tp_padding/engagement.py",
             "vllm_patch/fp8_tp_padding/expert_loader.py",
+            "vllm_patch/fp8_tp_padding/expert_store.py",
             "vllm_patch/fp8_tp_padding/moe.py",
-            "vllm_patch/fp8_tp_padding/shard.py",
             "vllm_patch/fp8_tp_padding/tensor_check.py",
             "vllm_patch/fp8_tp_padding/window.py",
         ),
@@ -102,6 +125,7 @@ Removable when Fp8LinearMethod itself places shards on the block grid.
 Issue: https://github.com/vllm-project/vllm/issues/52997
 """,
         sources=(
+            "vllm_patch/fp8_tp_padding/columns.py",
             "vllm_patch/fp8_tp_padding/input_quant.py",
             "vllm_patch/fp8_tp_padding/linear*.py",
         ),

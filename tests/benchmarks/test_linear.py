@@ -1,9 +1,11 @@
 """The check that stands before the timings of linear layers."""
 
 import pytest
+import torch
 
 from benchmarks import linear
-from benchmarks.linear_cases import MERGED, QKV, ROW, Case
+from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
+from benchmarks.linear_reference import Arithmetic
 
 CASES = [
     # 96 per rank: the second one straddles two blocks.
@@ -43,3 +45,21 @@ def test_nothing_checked_does_not_pass(plugin):
     assert (
         linear.main(["--check-only", "--backends", "B12xFp8BlockScaledMMKernel"]) == 1
     )
+
+
+@pytest.mark.parametrize("lead", [(0, 0), (64, 0), (0, 32)])
+def test_the_reference_rounds_scales_as_vllm_does_for_deep_gemm(lead):
+    """To powers of two, of what a rank holds of each block."""
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+    generator = torch.Generator().manual_seed(0)
+    # Whole blocks of the checkpoint, of which the rank has all but the lead.
+    stored = Quantized.random(256, 384, generator)
+    stored.weight[: lead[0]] = 0
+    stored.weight[:, : lead[1]] = 0
+    mine = stored.dequantized()[lead[0] :, lead[1] :]
+    arithmetic = Arithmetic(quantizes=True, powers_of_two=True, bfloat16_scales=False)
+    left = arithmetic.weights(mine, lead)
+    assert not torch.equal(left, mine)
+    fp8_utils.requant_weight_ue8m0_inplace(stored.weight, stored.scale)
+    assert torch.equal(left, stored.dequantized()[lead[0] :, lead[1] :])

@@ -36,8 +36,9 @@ def quantizers(layout: str, window):
 @pytest.mark.parametrize("layout", LAYOUTS)
 # One token; more than a program owns, and not a multiple of what TMA aligns to.
 @pytest.mark.parametrize("tokens", [0, 1, 9])
-# Inside a block; straddling two; three blocks, from the start of the first.
-@pytest.mark.parametrize(("lead", "size"), [(32, 64), (96, 96), (0, 270)])
+# Inside a block; straddling two; three blocks, from the start of the first; two
+# whole blocks, as column-parallel layers have.
+@pytest.mark.parametrize(("lead", "size"), [(32, 64), (96, 96), (0, 270), (0, 256)])
 def test_it_is_what_vllm_makes_of_the_padded_input(layout, tokens, lead, size):
     from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
 
@@ -68,13 +69,46 @@ def test_the_shapes_that_torch_compile_sees():
         assert value.dtype == expected.dtype
 
 
+@pytest.mark.parametrize(("size", "calls"), [(256, True), (250, False)])
+def test_torch_compile_sees_vllms_own_op_where_nothing_is_padded(
+    monkeypatch, size, calls
+):
+    """It fuses that one with the norm before it."""
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
+
+    stock, ours = quantizers("rows", Window(size, 0, size, 0, 256))
+    seen = []
+    monkeypatch.setattr(
+        ours, "quant_fp8", lambda x, *args, **kwargs: seen.append(x) or stock(x)
+    )
+    x = torch.randn(3, size, dtype=torch.bfloat16)
+    expected = ours(x)
+    assert not seen
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for value, other in zip(ours(x), expected, strict=True):
+        assert torch.equal(value.float(), other.float())
+    assert bool(seen) == calls
+
+
 def row_parallel():
     return build("RowParallelLinear", 8, 1, input_size=640, output_size=256, bias=False)
 
 
-def test_row_parallel_layers_use_it():
-    kernel = row_parallel().quant_method.fp8_linear
+def column_parallel(hidden=256):
+    sizes = {"input_size": hidden, "output_size": 640}
+    return build("ColumnParallelLinear", 8, 1, bias=False, **sizes)
+
+
+@pytest.mark.parametrize("layer", [row_parallel, column_parallel])
+def test_layers_use_it(layer):
+    kernel = layer().quant_method.fp8_linear
     assert type(kernel.quant_fp8).__name__ == "PaddedQuantFP8"
+
+
+def test_an_input_that_ends_inside_a_group_is_left_to_vllm():
+    """Which refuses it."""
+    kernel = column_parallel(hidden=200).quant_method.fp8_linear
+    assert type(kernel.quant_fp8).__name__ == "QuantFP8"
 
 
 @pytest.mark.parametrize("obstacle", ["no CUDA", "input as it is", "own apply", "off"])

@@ -2,10 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Any sizes, any ranks: what a rank computes, against a brute-force oracle."""
 
-import types
-
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 BLOCK = 4
@@ -48,12 +46,11 @@ def load(layout, weights, scales):
 
 
 def run(layout, x, buffer):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear import (
-        Fp8TpPaddedLinearMethod,
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        RealColumns,
     )
 
-    method = types.SimpleNamespace(layout=layout)
-    return Fp8TpPaddedLinearMethod._real_columns(method, x @ buffer.T)
+    return RealColumns(layout.output_windows())(x @ buffer.T)
 
 
 @st.composite
@@ -64,7 +61,6 @@ def column_layers(draw):
     return tp_size, replicas, shards, draw(st.integers(1, 12)), draw(st.integers(0, 99))
 
 
-@settings(deadline=None)
 @given(column_layers())
 def test_column_parallel(case):
     """Odd shards are shared by ``replicas`` ranks, as KV heads are."""
@@ -96,7 +92,6 @@ def test_column_parallel(case):
         assert torch.equal(run(layout, x, buffer), x @ torch.cat(expected).T)
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([1, 2, 3, 4, 8]),
     st.integers(1, 9),

@@ -1,50 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""The padded experts compute what the unsharded ones do, on vLLM's own kernel."""
+"""Sharded experts compute what the unsharded ones do."""
 
 import pytest
 import torch
 
 from . import experts
-from .experts import BLOCK, Checkpoint, build, load
+from .experts import Checkpoint, build, load
+from .moe_reference import reference, relative_error
 from .tensor_parallel import runs_kernels
 
 pytestmark = runs_kernels
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 5, 3, 2, 256
-
-
-def fake_quantize(x: torch.Tensor) -> torch.Tensor:
-    """Round one activation group to FP8 and back, as vLLM does before a GEMM."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
-
-
-def groups_of_rank(start: int, size: int) -> list[slice]:
-    """Cut a rank's columns where the checkpoint's blocks end."""
-    cuts = [start, *range(-(-(start + 1) // BLOCK) * BLOCK, start + size, BLOCK)]
-    return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], start + size], strict=True)]
-
-
-def reference(checkpoint, total, tp_size, x, topk_weights, topk_ids, biases=None):
-    """All experts in float32, with activations quantized in the ranks' groups."""
-    biases = biases or dict.fromkeys(("w1", "w3", "w2"), torch.zeros(EXPERTS, 1))
-    gate, up, down = (checkpoint.dequantized(shard) for shard in ("w1", "w3", "w2"))
-    x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1)
-    size = total // tp_size
-    out = torch.zeros(x.shape)
-    for token, slot in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)):
-        expert = topk_ids[token, slot]
-        hidden = torch.nn.functional.silu(
-            gate[expert] @ x[token] + biases["w1"][expert]
-        )
-        hidden *= up[expert] @ x[token] + biases["w3"][expert]
-        for rank in range(tp_size):
-            for group in groups_of_rank(rank * size, size):
-                hidden[group] = fake_quantize(hidden[group])
-        result = down[expert] @ hidden + biases["w2"][expert]
-        out[token] += topk_weights[token, slot] * result
-    return out
 
 
 def routing():
@@ -55,8 +23,10 @@ def routing():
     return x, weights, ids.to(torch.int32)
 
 
-def relative_error(value, expected):
-    return ((value.float() - expected).norm() / expected.norm()).item()
+@pytest.fixture
+def padded_store(monkeypatch):
+    """Keep whole blocks, for vLLM's own kernels."""
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +38,7 @@ def relative_error(value, expected):
         (512, 8),  # 64 columns: less than a block
     ],
 )
-def test_ranks_sum_to_the_reference(total, tp_size):
+def test_ranks_sum_to_the_reference(padded_store, total, tp_size):
     checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     summed = sum_of_ranks(checkpoint, total, tp_size, inputs)
@@ -76,7 +46,7 @@ def test_ranks_sum_to_the_reference(total, tp_size):
     assert relative_error(summed, expected) < 1e-5
 
 
-def test_ranks_sum_to_the_reference_with_biases():
+def test_ranks_sum_to_the_reference_with_biases(padded_store):
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     generator = torch.Generator().manual_seed(3)
     biases = {
@@ -135,8 +105,10 @@ def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
     return (output[0] if isinstance(output, tuple) else output).float()
 
 
-def test_the_layers_own_path_is_as_exact_as_an_aligned_one():
+@pytest.mark.parametrize("mode", ["auto", "padded"])
+def test_the_layers_own_path_is_as_exact_as_an_aligned_one(monkeypatch, mode):
     """bfloat16 rounds between the GEMMs, so stock at TP 4 says how much."""
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
     checkpoint = Checkpoint.random(1536, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     errors = {}

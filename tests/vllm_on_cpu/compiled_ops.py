@@ -119,5 +119,10 @@ def _moe_align_block_size(
     num_tokens_post_pad.fill_(position)
 
 
-def _moe_sum(x, out, *_):
-    out.copy_(x.float().sum(1).to(out.dtype))
+def _moe_sum(x, out, topk_ids=None, expert_map=None):
+    x = x.float()
+    if expert_map is not None:
+        # What remote experts left in the workspace is not theirs.
+        local = expert_map[topk_ids.long()] >= 0
+        x = torch.where(local[..., None], x, 0.0)
+    out.copy_(x.sum(1).to(out.dtype))

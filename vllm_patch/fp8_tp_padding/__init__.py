@@ -12,7 +12,8 @@ inside the plugin and inside a vLLM source tree.
     linear.py         the fork of Fp8LinearMethod
     linear_layout.py  the logical shards of vLLM's linear layers
     linear_loader.py  checkpoint tensors into its parameters
-    input_quant.py    quantizes and pads the input of row-parallel layers
+    input_quant.py    quantizes the input of linear layers, and pads it
+    columns.py        real columns out of padded outputs; inputs into padded ones
     tensor_check.py   what a checkpoint's tensors may be
     engagement.py     the one log line that says what was padded
 """

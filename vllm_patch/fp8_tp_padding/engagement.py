@@ -21,6 +21,8 @@ class PaddedSize:
         total: Elements of the unsharded dimension.
         block: Elements of one quant block.
         tp_size: Ranks that share it.
+        padded_because: Why weights are padded, where they need not always be; None
+            if they are stored as they are.
 
     """
 
@@ -28,6 +30,7 @@ class PaddedSize:
     total: int
     block: int
     tp_size: int
+    padded_because: str | None = ""
 
     @property
     def size(self) -> int:
@@ -68,11 +71,18 @@ def report(tp_rank: int) -> None:
 
 
 def _describe(size: PaddedSize, count: int) -> str:
-    return (
+    layers = (
         f"{count} {size.layer_kind} layers, {size.total} / TP {size.tp_size} = "
-        f"{size.size} padded to {' or '.join(map(str, size.spans()))}"
+        f"{size.size}"
     )
+    if size.padded_because is None:
+        return f"{layers} stored as they are, for masked Triton kernels"
+    spans = " or ".join(map(str, size.spans()))
+    reason = f" ({size.padded_because})" if size.padded_because else ""
+    return f"{layers} padded to {spans}{reason}"
 
 
 def _added_bytes(size: PaddedSize) -> int:
+    if size.padded_because is None:
+        return 0
     return (max(size.spans()) - size.size) * _column_bytes[size]

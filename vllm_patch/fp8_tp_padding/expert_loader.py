@@ -51,6 +51,13 @@ class ExpertParameter:
     window: Window
     slots: dict[str, int]
 
+    def fit(self, param: torch.nn.Parameter) -> None:
+        """Give ``param`` the size that its slots need."""
+        shape = list(param.shape)
+        shape[self.dim + 1] = self.window.span * (max(self.slots.values()) + 1)
+        if shape != list(param.shape):
+            param.data = param.data.new_empty(shape)
+
     def slot(self, expert_data: torch.Tensor, shard_id: str) -> torch.Tensor:
         """Return the view of one expert's parameter that ``shard_id`` fills."""
         span = self.window.span

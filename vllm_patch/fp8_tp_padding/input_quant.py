@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Quantizes a row-parallel layer's input and pads it, in one kernel launch."""
+"""Quantizes a layer's input and pads it where needed, in one kernel launch."""
 
 import torch
 
@@ -18,11 +18,16 @@ TOKENS_PER_PROGRAM = 8
 EPS = 1e-10
 
 
-def quantizes_input(kernel: object) -> bool:
-    """Whether a kernel of ``Fp8LinearMethod`` calls ``quant_fp8`` on its input.
+def quantizes_input(kernel: object, window: Window) -> bool:
+    """Whether ``PaddedQuantFP8`` can be the ``quant_fp8`` of a linear kernel.
 
     False where an input must be padded beforehand: the kernel takes it as it is, or
     in a layout of scales that ``PaddedQuantFP8`` does not write.
+
+    Args:
+        kernel: The one that ``Fp8LinearMethod`` chose.
+        window: Where the input lies in the padded one.
+
     """
     stock = Fp8BlockScaledMMLinearKernel
     if not current_platform.is_cuda() or not isinstance(kernel, stock):
@@ -30,6 +35,8 @@ def quantizes_input(kernel: object) -> bool:
     if type(kernel).apply_weights is not stock.apply_weights:
         return False
     if not kernel.apply_input_quant or not QuantFP8.enabled():
+        return False
+    if window.span % kernel.quant_fp8.group_size:
         return False
     packed = DeepGemmQuantScaleFMT.UE8M0
     return not (
@@ -40,6 +47,9 @@ def quantizes_input(kernel: object) -> bool:
 class PaddedQuantFP8:
     """Does what ``QuantFP8`` does to an input padded with zeros to ``window.span``.
 
+    A whole window pads nothing. While torch.compile traces, its input goes to
+    ``quant_fp8``, which vLLM's passes fuse with the norm or activation before it.
+
     Args:
         quant_fp8: The kernel's own, with groups along the last dimension.
         window: Where the input lies in the padded one.
@@ -47,6 +57,7 @@ class PaddedQuantFP8:
     """
 
     def __init__(self, quant_fp8: QuantFP8, window: Window):
+        self.quant_fp8 = quant_fp8
         self.window = window
         self.group = quant_fp8.group_size
         self.column_major = quant_fp8.column_major_scales
@@ -62,10 +73,13 @@ class PaddedQuantFP8:
             x: ``[tokens, size]``, contiguous in the last dimension.
             scale: None; scales are dynamic.
             scale_ub: None, likewise.
-            use_triton: Ignored.
+            use_triton: For ``quant_fp8``.
 
         """
         assert scale is None and scale_ub is None
+        is_whole = self.window.size == self.window.span
+        if is_whole and torch.compiler.is_compiling():
+            return self.quant_fp8(x, scale, scale_ub, use_triton=use_triton)
         return torch.ops.vllm.fp8_tp_padded_quant(
             x,
             self.window.lead,
@@ -130,7 +144,7 @@ def _padded_quant_fake(
     return codes, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "scales_group_stride"])
 def _padded_quant_kernel(
     x_ptr,  # [tokens, size], floating point
     codes_ptr,  # [tokens, span], float8, contiguous

@@ -9,6 +9,7 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
 from . import engagement
+from .columns import PaddedColumns, RealColumns
 from .input_quant import PaddedQuantFP8, quantizes_input
 from .linear_layout import LinearLayout, has_stock_loader, linear_layout
 from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
@@ -79,11 +80,12 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             **extra_weight_attrs,
         )
         self._set_sizes(layer, input_size_per_partition, output_partition_sizes)
-        self._pads_before = self.layout.pads_input
-        if self.layout.pads_input and quantizes_input(self.fp8_linear):
+        self._real_columns = RealColumns(outputs)
+        self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
+        if quantizes_input(self.fp8_linear, inputs):
             quant_fp8 = PaddedQuantFP8(self.fp8_linear.quant_fp8, inputs)
             self.fp8_linear.quant_fp8 = quant_fp8
-            self._pads_before = False
+            self._pad = None
         totals = [output.total for output in self.layout.outputs]
         block = self.weight_block_size[0]
         self._parameters = [
@@ -115,7 +117,13 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             # Marlin takes its sizes from the layer, now and in each call.
             rows, columns = layer.weight.shape
             self._set_sizes(layer, columns, [rows])
+        bias = layer.bias
+        if not self.layout.pads_input:
+            # Marlin would permute it for the padded output; apply() adds it later.
+            layer.bias = None
         super().process_weights_after_loading(layer)
+        if not self.layout.pads_input:
+            layer.bias = bias
 
     def apply(
         self,
@@ -123,14 +131,11 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self._pads_before:
-            window = self.layout.input_window()
-            tail = window.span - window.lead - window.size
-            x = torch.nn.functional.pad(x, (window.lead, tail))
+        if self._pad is not None:
+            x = self._pad(x)
         if self.layout.pads_input:
             return super().apply(layer, x, bias)
-        output = self._real_columns(super().apply(layer, x, None))
-        return output if bias is None else output + bias
+        return self._real_columns(super().apply(layer, x, None), bias)
 
     def _record(self, layer: torch.nn.Module) -> None:
         rows, columns = layer.weight.shape
@@ -144,13 +149,6 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             shards = [d for d in cut if d == dimension]
             bytes_each = rows if layout.pads_input else columns
             engagement.record(size, len(shards) * bytes_each)
-
-    def _real_columns(self, output: torch.Tensor) -> torch.Tensor:
-        offset, pieces = 0, []
-        for window in self.layout.output_windows():
-            pieces.append(output.narrow(-1, offset + window.lead, window.size))
-            offset += window.span
-        return torch.cat(pieces, -1) if len(pieces) > 1 else pieces[0].contiguous()
 
     @staticmethod
     def _set_sizes(layer: torch.nn.Module, inputs: int, outputs: list[int]) -> None:

@@ -21,6 +21,7 @@ from .expert_loader import (
     check_loaded,
     padded_weight_loader,
 )
+from .expert_store import why_padded
 from .shard import BlockShard, block_shard
 from .window import Window
 
@@ -113,7 +114,11 @@ def padded_sizes(quant_config: Fp8Config, moe: FusedMoEConfig) -> Iterator[None]
 
 
 class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
-    """``Fp8MoEMethod`` whose rank holds whole blocks of the checkpoint's grid.
+    """``Fp8MoEMethod`` on the checkpoint's grid of quant blocks.
+
+    With masked kernels (``padded_because`` is None), weights are the rank's real
+    columns, and only scales come in whole blocks. Otherwise the rank holds whole
+    blocks of weights, too:
 
     The rank's slice of gate, up and down keeps the offset inside a block that
     it has in the checkpoint, between zeros: gate and up are padded in rows
@@ -145,6 +150,12 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
         # Stays set: vLLM allocates, and later runs, what the config says.
         set_partition_size(moe, self.block_shard.span)
         super().__init__(quant_config, layer)
+        block = self.weight_block_size[0]
+        self.padded_because = why_padded(layer, self.experts_cls, block)
+        if self.padded_because is None:
+            from .masked_experts import MaskedTritonExperts
+
+            self.experts_cls = MaskedTritonExperts
         self._parameters: list[ExpertParameter] = []
         self._loaded: set[LoadedTensor] = set()
 
@@ -169,6 +180,7 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
         stock_loader = extra_weight_attrs["weight_loader"]
         for parameter in self._parameters:
             param = getattr(layer, parameter.name)
+            parameter.fit(param)
             param.weight_loader = padded_weight_loader(
                 layer, stock_loader, parameter, self._loaded
             )
@@ -185,6 +197,8 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
     def _expert_parameters(self, hidden_size: int) -> list[ExpertParameter]:
         total, block = self.moe.intermediate_size, self.weight_block_size[0]
         columns = Window.of_elements(self.block_shard, total)
+        if self.padded_because is None:
+            columns = columns.without_padding()
         blocks = Window.of_blocks(self.block_shard, total, block)
         gate_up = {"w1": 0, "w3": 1} if self.moe.is_act_and_mul else {"w1": 0}
         down = {"w2": 0}
@@ -212,7 +226,11 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
     def _record(self, num_experts: int, hidden_size: int) -> None:
         block = self.weight_block_size[0]
         size = engagement.PaddedSize(
-            "MoE", self.moe.intermediate_size, block, self.moe.tp_size
+            "MoE",
+            self.moe.intermediate_size,
+            block,
+            self.moe.tp_size,
+            self.padded_because,
         )
         projections = 3 if self.moe.is_act_and_mul else 2
         engagement.record(size, projections * num_experts * hidden_size)

@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Cuts a rank's slice out of a checkpoint tensor, with its padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +35,9 @@ class Window:
     @classmethod
     def whole(cls, total: int) -> "Window":
         return cls(total, 0, total, 0, total)
+
+    def without_padding(self) -> "Window":
+        return replace(self, lead=0, span=self.size)
 
     def cut(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Return the padded slice of ``tensor``, ``span`` long in ``dim``."""

@@ -1,0 +1,159 @@
+"""Compiles the masked kernels without a GPU and prints what they take.
+
+    python -m benchmarks.compile_kernels [--arch 89 90 100 120]
+
+Takes the tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts
+inside a quant block, and fails where a kernel needs more shared memory than a block
+of the GPU has.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import vllm.triton_utils
+
+# Where it finds no GPU, vLLM puts a stub in the place of Triton.
+vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton
+
+from vllm_patch.fp8_tp_padding import masked_kernels, tiles  # noqa: E402
+
+SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
+POINTERS = {
+    "x_ptr": "*bf16",
+    "x_codes_ptr": "*fp8e4nv",
+    "x_scale_ptr": "*fp32",
+    "w_ptr": "*fp8e4nv",
+    "w_scale_ptr": "*fp32",
+    "h_ptr": "*bf16",
+    "h_scale_ptr": "*fp32",
+    "y_ptr": "*bf16",
+    "out_ptr": "*bf16",
+    "topk_ids_ptr": "*i32",
+    "topk_weights_ptr": "*fp32",
+    "counts_ptr": "*i32",
+    "sorted_pairs_ptr": "*i32",
+    "block_experts_ptr": "*i32",
+    "num_blocks_ptr": "*i32",
+    "num_pairs": "i32",
+    "chunks": "i32",
+}
+CONSTANTS = {
+    "K": 4096,
+    "SIZE": 192,
+    "LEAD": 64,
+    "NUM_BLOCKS": 2,
+    "TOP_K": 8,
+    "ROWS": 16,
+    "GROUPS": 8,
+    "NUM_IDS": 128,
+    "BINS": 128,
+    "CHUNK": 4096,
+    "CHUNKS": 8,
+    "MUL_WEIGHT": True,
+    "HAS_EXPERT_MAP": False,
+    "expert_map_ptr": None,
+}
+
+
+def kernels(chosen: tiles.Tiles) -> Iterator[tuple[str, int, dict]]:
+    """Yield name, warps and constants of each kernel of a path."""
+    path = {
+        "SORTED": chosen.sort,
+        "BLOCK_M": chosen.block_m,
+        "USE_PDL": chosen.pdl,
+        "QUANTIZE": chosen.quantize_in_gate_up,
+        "QUANTIZED": chosen.quantize_in_gate_up,
+        "SPLITS": chosen.down_splits,
+        "UNROLL": chosen.gate_up.unroll,
+    }
+    last = "down_kernel" if chosen.sort else "down_and_sum_kernel"
+    for name, tile in (("gate_up_kernel", chosen.gate_up), (last, chosen.down)):
+        options = tile.launch_options
+        yield name, options.pop("num_warps"), {**path, **options}
+    names = ["prepare_kernel", "sort_kernel", "sum_kernel"]
+    for name in names if chosen.sort else names[:1]:
+        yield name, 4, {**path, "BLOCK_N": 1024}
+
+
+def compiled(name: str, num_warps: int, constants: dict, arch: int):
+    kernel = getattr(masked_kernels, name)
+    constants = {**CONSTANTS, **constants}
+    pointers = dict(POINTERS)
+    if constants["QUANTIZE"]:
+        pointers["h_ptr"] = "*fp8e4nv"
+    signature, values, attributes = {}, {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            values[(index,)] = constants[argument]
+        else:
+            signature[argument] = pointers[argument]
+            if argument in pointers and pointers[argument].startswith("*"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
+
+
+def usage(binary) -> tuple[int, int]:
+    """Return registers of a thread and bytes that spill to its stack."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout).groups()
+    return int(registers), int(stack)
+
+
+def paths(arch: int) -> dict[tiles.Tiles, str]:
+    """Return where each different path of this GPU comes from."""
+    found: dict[tiles.Tiles, str] = {}
+    for pairs in (0.1, 0.5, 4, 16, 256):
+        found.setdefault(tiles.rule(pairs, hopper=arch == 90), f"rule, {pairs} pairs")
+    for path in sorted(tiles.CONFIGS.glob("*H200*")) if arch == 90 else []:
+        for tokens, chosen in tiles.read_config(path).items():
+            found.setdefault(chosen, f"{path.name.partition(',dev')[0]}, {tokens} tok.")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=list(SHARED_MEMORY), metavar="SM"
+    )
+    too_large = 0
+    print(f"{'GPU':7}{'kernel':21}{'registers':>10}{'spilled':>9}{'shared':>9}  tiles")
+    for arch in parser.parse_args().arch:
+        done = set()
+        for chosen, origin in paths(arch).items():
+            for name, num_warps, constants in kernels(chosen):
+                binary = compiled(name, num_warps, constants, arch)
+                if binary.hash in done:
+                    continue
+                done.add(binary.hash)
+                registers, stack = usage(binary)
+                shared = binary.metadata.shared
+                over = shared > SHARED_MEMORY[arch]
+                too_large += over
+                print(
+                    f"sm_{arch:<4}{name:21}{registers:10}{stack:9}{shared:9}  {origin}"
+                    f"{'  TOO LARGE' if over else ''}",
+                    flush=True,
+                )
+    return 1 if too_large else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

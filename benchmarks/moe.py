@@ -1,0 +1,387 @@
+"""Experts cut inside a quant block: the masked path against what vLLM could do.
+
+``python -m benchmarks.moe`` builds vLLM's layers for one rank, first checks them
+against an fp32 reference and then times CUDA graphs. Columns, in microseconds:
+
+    floor    bytes over measured copy bandwidth, or operations over measured peak
+    ours     the plugin's layer
+    padded   stock vLLM on whole blocks: the span of the rank's columns
+    refined  stock vLLM with scale blocks small enough to cut (0.29 and later)
+    half_tp  stock vLLM at half the TP size, if that cuts no block
+    ep       stock vLLM with whole experts on as many GPUs, worst-loaded rank
+
+A graph holds eight routings in rotation, and copies of the layer if one fits into
+the L2 cache; a time is the median of its replays, divided by its calls.
+
+Exits with 1 if ours errs more than 1.05 times as much as stock on whole blocks, or
+a layer fails that stock does not refuse. PASS and MISS compare with the bars.
+"""
+
+import argparse
+import functools
+import math
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import graph_timing, moe_bars
+from benchmarks.device_limits import Limits
+from benchmarks.moe_cases import CASES, Case
+from benchmarks.moe_layers import Implementation, Layer, Routing, implementations
+from benchmarks.quantized import relative_error, root_mean_square
+from benchmarks.record import Rows, environment
+from vllm_patch import plugin
+
+TOLERATED_ERROR = 1.05
+CHECKED_TOKENS = 17
+ROUTINGS = 8
+# Weights between two uses of an expert, in L2 caches.
+ROTATED_CACHES = 2
+MAX_COPIES = 8
+COLUMNS = ("ours", "padded", "refined", "half_tp", "ep")
+
+
+@dataclass
+class Run:
+    """What the command was asked to do, and what it found."""
+
+    device: torch.device
+    tokens: list[int]
+    columns: list[str]
+    rows: Rows
+    deadline: float
+    limits: Limits | None = None
+    checked: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        print(f"  PROBLEM: {text}", flush=True)
+        self.problems.append(text)
+
+    def is_late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    plugin.register()
+    with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
+        where = environment(args.commit)
+        print("\n".join(f"{name:8} {value}" for name, value in where.items()))
+        deadline = time.monotonic() + args.budget
+        rows = Rows(file, where)
+        device = torch.device(args.device)
+        run = Run(device, args.tokens, args.columns, rows, deadline)
+        _start_workspace(device)
+        if not args.check_only:
+            run.limits = _limits(device)
+        for case in CASES:
+            if any(text in case.name for text in args.cases):
+                _run_case(run, case)
+    print(f"\n{run.checked} layers checked, {len(run.problems)} problems")
+    print(*run.problems, sep="\n")
+    return 1 if run.problems or not run.checked else 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.moe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = [1, 4, 16, 64, 256, 1024, 4096]
+    add = parser.add_argument
+    add("--cases", nargs="+", default=[""], help="only cases whose name contains one")
+    add("--tokens", nargs="+", type=int, default=tokens)
+    add("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    add("--budget", type=float, default=540.0, help="seconds for the whole command")
+    add("--check-only", action="store_true", help="correctness, no timing")
+    add("--device", default=cuda)
+    add("--csv", help="file for the rows")
+    add("--commit", help="commit that is measured, where git cannot tell")
+    return parser.parse_args(argv)
+
+
+def _start_workspace(device: torch.device) -> None:
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(device)
+
+
+def _limits(device: torch.device) -> Limits:
+    limits = Limits.measured(device)
+    print(
+        f"copy     {limits.bandwidth / 1e12:.2f} TB/s\n"
+        f"fp8      {limits.fp8_flops / 1e12:.0f} TFLOP/s"
+    )
+    return limits
+
+
+def _run_case(run: Run, case: Case) -> None:
+    shard = case.shard
+    print(
+        f"\n{case.name}: {case.experts} experts, top-{case.top_k}, hidden "
+        f"{case.hidden}, {case.total} / {case.tp_size} = {shard.size} columns\n"
+        f"  {case.why}\n"
+        f"  timed: rank {case.rank}, lead {shard.lead}, span {shard.span}",
+        flush=True,
+    )
+    if run.is_late():
+        run.problem(f"{case.name}: not run, the budget is spent")
+        return
+    able = _check(run, case)
+    if run.limits is not None and able:
+        _time(run, case, able)
+
+
+# -- correctness --------------------------------------------------------------
+
+
+def _check(run: Run, case: Case) -> dict[str, Implementation]:
+    """Compare each column with its reference; return those that can be timed."""
+    able, errors = {}, {}
+    for name, what in implementations(case).items():
+        if name not in run.columns:
+            continue
+        if what is None:
+            print(f"  {name:8} -, half the ranks cut quant blocks too")
+            continue
+        try:
+            errors[name], note = _total_error(run, case, name, what)
+        except Exception as error:  # Layers and kernels raise what they like.
+            _refuse(run, case, name, error)
+            continue
+        print(f"  {name:8} error {errors[name]:.3e}  {note}", flush=True)
+        able[name] = what
+        run.checked += 1
+    _compare_errors(run, case, errors)
+    return able
+
+
+def _refuse(run: Run, case: Case, name: str, error: Exception) -> None:
+    if name == "refined" and isinstance(error, (ValueError, NotImplementedError)):
+        print(f"  {name:8} refuses: {_first_line(error)}", flush=True)
+    else:
+        run.problem(f"{case.name}, {name}: {_first_line(error)}")
+
+
+def _compare_errors(run: Run, case: Case, errors: dict[str, float]) -> None:
+    ours, stock = errors.get("ours"), errors.get("padded")
+    for name, error in errors.items():
+        if not math.isfinite(error):
+            run.problem(f"{case.name}, {name}: error {error}")
+    if ours is not None and stock is not None and not ours <= TOLERATED_ERROR * stock:
+        run.problem(f"{case.name}: error {ours:.3e}, stock's {stock:.3e}")
+
+
+def _total_error(
+    run: Run, case: Case, name: str, what: Implementation
+) -> tuple[float, str]:
+    """Return the root mean square of the relative errors, and a note on the layer.
+
+    The timed rank also runs each number of tokens that is timed.
+    """
+    ranks = [what.rank]
+    if name == "ours" and case.check_all_ranks:
+        ranks = sorted(range(case.tp_size), key=lambda rank: rank % 2 == 0)
+    errors, note = [], ""
+    for rank in ranks:
+        layer = Layer(case, _of_rank(what, rank), seed=rank, device=run.device)
+        counts = {CHECKED_TOKENS}
+        if rank == what.rank:
+            counts.update(run.tokens)
+            note = f"{layer.kernel}, {layer.weights.nbytes / 1e6:.1f} MB of weights"
+        errors += [_error(run, case, layer, tokens) for tokens in sorted(counts)]
+    return root_mean_square(errors), note
+
+
+def _of_rank(what: Implementation, rank: int) -> Implementation:
+    return Implementation(**{**vars(what), "rank": rank})
+
+
+def _error(run: Run, case: Case, layer: Layer, tokens: int) -> float:
+    x, routings = _inputs(run, case, tokens, count=1)
+    routing = layer.what.route(case, routings[0])
+    with layer.rank(), torch.inference_mode():
+        layer(x, routing)
+        _poison_workspaces()
+        value = layer(x, routing).clone()
+    return relative_error(value, layer.weights.reference(x, routing))
+
+
+def _poison_workspaces() -> None:
+    """Fill vLLM's scratch memory with NaN: what was there must not count."""
+    from vllm.v1.worker.workspace import current_workspace_manager
+
+    for workspace in current_workspace_manager()._current_workspaces:
+        if workspace is not None:
+            workspace.view(torch.uint8).fill_(0xFF)
+
+
+def _inputs(
+    run: Run, case: Case, tokens: int, count: int
+) -> tuple[torch.Tensor, list[Routing]]:
+    generator = torch.Generator(run.device).manual_seed(tokens)
+    x = torch.randn(
+        tokens,
+        case.hidden,
+        generator=generator,
+        device=run.device,
+        dtype=torch.bfloat16,
+    )
+    return x, [Routing.random(case, tokens, generator) for _ in range(count)]
+
+
+# -- time ---------------------------------------------------------------------
+
+
+def _time(run: Run, case: Case, able: dict[str, Implementation]) -> None:
+    """Print a row for each number of tokens, then what they amount to."""
+    copies = max(_copies(run, case, tokens) for tokens in run.tokens)
+    layers = {
+        name: [Layer(case, what, seed, run.device) for seed in range(copies)]
+        for name, what in able.items()
+    }
+    _print_cells("tokens", ["floor", *COLUMNS, *_RATIOS])
+    table: moe_bars.Table = {}
+    for tokens in run.tokens:
+        if run.is_late():
+            run.problem(f"{case.name}, {tokens} tokens: the budget is spent")
+            break
+        table[tokens] = _row(run, case, layers, tokens)
+        _print_row(str(tokens), table[tokens])
+        _record(run, case, layers, tokens, table[tokens])
+    _summarize(case, table)
+
+
+def _row(run: Run, case: Case, layers: dict[str, list[Layer]], tokens: int):
+    """Return microseconds by column."""
+    x, routings = _inputs(run, case, tokens, ROUTINGS)
+    copies = _copies(run, case, tokens)
+    calls = {}
+    for name, twins in layers.items():
+        try:
+            calls[name] = _calls(case, twins[:copies], x, routings)
+        except Exception as error:  # The other columns shall run.
+            run.problem(f"{case.name}, {tokens} tokens, {name}: {_first_line(error)}")
+    # Only now is the shared workspace as large as any column needs: graphs keep
+    # its address.
+    graphs = []
+    for name, each in calls.items():
+        with layers[name][0].rank(), torch.inference_mode():
+            graphs.append(graph_timing.capture(each))
+    times = graph_timing.microseconds(graphs)
+    floor = statistics.mean(_floor_us(run, case, tokens, r) for r in routings)
+    row = {
+        name: time / len(each)
+        for (name, each), time in zip(calls.items(), times, strict=True)
+    }
+    return {"floor": floor, **row}
+
+
+def _calls(case: Case, twins: list[Layer], x: torch.Tensor, routings: list[Routing]):
+    """Return a graph's calls, after a first one of each layer."""
+    routed = [twins[0].what.route(case, routing) for routing in routings]
+    for twin in twins:
+        with twin.rank(), torch.inference_mode():
+            twin(x, routed[0])
+    return [functools.partial(twin, x, r) for twin in twins for r in routed]
+
+
+def _copies(run: Run, case: Case, tokens: int) -> int:
+    """Return how many layers' routed experts are more than the L2 cache holds."""
+    _, routings = _inputs(run, case, tokens, ROUTINGS)
+    experts = torch.cat([routing.ids.flatten() for routing in routings]).unique()
+    rotated = len(experts) * case.expert_bytes
+    needed = ROTATED_CACHES * run.limits.l2_bytes
+    return min(MAX_COPIES, max(1, math.ceil(needed / rotated)))
+
+
+def _floor_us(run: Run, case: Case, tokens: int, routing: Routing) -> float:
+    """Return the time to read routed experts and activations once, or to multiply."""
+    weights = len(routing.ids.unique()) * case.expert_bytes
+    activations = 2 * tokens * case.hidden * torch.bfloat16.itemsize
+    flops = 2 * routing.ids.numel() * 3 * case.shard.size * case.hidden
+    return run.limits.floor_us(weights + activations, flops)
+
+
+# -- report -------------------------------------------------------------------
+
+_RATIOS = {
+    "padded/ours": ("padded", "ours"),
+    "refined/ours": ("refined", "ours"),
+    "ours/floor": ("ours", "floor"),
+}
+
+
+def _print_row(label: str, row: dict[str, float]) -> None:
+    cells = [row.get(name) for name in ("floor", *COLUMNS)]
+    for above, below in _RATIOS.values():
+        both = above in row and below in row
+        cells.append(row[above] / row[below] if both else None)
+    _print_cells(label, ["-" if cell is None else f"{cell:.2f}" for cell in cells])
+
+
+def _print_cells(label: str, cells: list[str]) -> None:
+    columns = 1 + len(COLUMNS)
+    widths = [9] * columns + [13] * (len(cells) - columns)
+    row = "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
+    print(f"  {label:>8}{row}", flush=True)
+
+
+def _summarize(case: Case, table: moe_bars.Table) -> None:
+    if not table:
+        return
+    names = set.intersection(*(set(row) for row in table.values()))
+    means = {
+        name: statistics.geometric_mean(row[name] for row in table.values())
+        for name in names
+    }
+    _print_row("geomean", means)
+    bars = moe_bars.main_case if case.has_bars else moe_bars.no_regression
+    for bar in bars(table):
+        print(f"  {bar}", flush=True)
+
+
+def _record(run, case: Case, layers, tokens: int, row: dict[str, float]) -> None:
+    for name, twins in layers.items():
+        if name not in row:
+            continue
+        weights = twins[0].weights
+        run.rows.add(
+            {
+                "case": case.name,
+                "experts": case.experts,
+                "top_k": case.top_k,
+                "hidden": case.hidden,
+                "total": case.total,
+                "tp_size": case.tp_size,
+                "rank": case.rank,
+                "columns": case.shard.size,
+                "tokens": tokens,
+                "implementation": name,
+                "kernel": twins[0].kernel,
+                "stored_columns": weights.w2.shape[-1],
+                "block": weights.block,
+                "weight_bytes": weights.nbytes,
+                "us": f"{row[name]:.3f}",
+                "floor_us": f"{row['floor']:.3f}",
+                "copy_tb_s": f"{run.limits.bandwidth / 1e12:.3f}",
+                "fp8_tflop_s": f"{run.limits.fp8_flops / 1e12:.0f}",
+            }
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

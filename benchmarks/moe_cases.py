@@ -1,0 +1,83 @@
+"""Experts of real models that tensor parallelism cuts inside a quant block."""
+
+from dataclasses import dataclass
+
+from benchmarks.quantized import BLOCK
+from vllm_patch.fp8_tp_padding.shard import BlockShard, block_shard
+
+
+@dataclass(frozen=True)
+class Case:
+    """The routed experts of one model at one tensor-parallel size.
+
+    Attributes:
+        name: Model and size, for ``--cases``.
+        experts: Experts of a layer.
+        top_k: Experts of a token.
+        hidden: Hidden size.
+        total: Intermediate columns of an expert, over all ranks.
+        tp_size: Tensor-parallel size.
+        why: What the case is for.
+        rank: The rank that is timed.
+        check_all_ranks: Compare every rank with the reference, not only that one.
+        has_bars: Whether the bars in moe_bars.py were set for this case.
+
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    total: int
+    tp_size: int
+    why: str
+    rank: int = 1
+    check_all_ranks: bool = False
+    has_bars: bool = False
+
+    @property
+    def shard(self) -> BlockShard:
+        return self.shard_of(self.rank)
+
+    def shard_of(self, rank: int) -> BlockShard:
+        return block_shard(self.total, BLOCK, rank, self.tp_size)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's real columns on a rank, with their scales."""
+        weights = 3 * self.shard.size * self.hidden
+        return weights + 3 * self.shard.num_blocks * self.hidden // BLOCK * 4
+
+
+CASES = (
+    Case(
+        *("Qwen3-235B-TP8", 128, 8, 4096, 1536, 8),
+        why="192 columns: a block and a half, at either end of the span",
+        check_all_ranks=True,
+        has_bars=True,
+    ),
+    Case(
+        *("Qwen3-30B-A3B-TP4", 128, 8, 2048, 768, 4),
+        why="192 columns with half of the hidden size: more launch than work",
+    ),
+    Case(
+        *("Qwen3-30B-A3B-TP8", 128, 8, 2048, 768, 8),
+        why="96 columns over two blocks, 32 in one: padding is 2.7x; refines to 32",
+    ),
+    Case(
+        *("Qwen3-Coder-480B-TP8", 160, 8, 6144, 2560, 8),
+        why="320 columns in three blocks: the largest layer, the least padding",
+    ),
+    Case(
+        *("Qwen3-Next-TP8", 512, 10, 2048, 512, 8),
+        why="64 columns: half a block, many experts, top-10",
+    ),
+    Case(
+        *("E512-640-TP8", 512, 10, 2048, 640, 8),
+        why="80 columns over two blocks: vLLM cannot refine below 32",
+    ),
+    Case(
+        *("GLM-4.5-Air-TP8", 128, 8, 4096, 1408, 8),
+        why="176 columns from 48: no power of two divides the shard; cannot be refined",
+    ),
+)

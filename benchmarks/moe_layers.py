@@ -1,0 +1,250 @@
+"""Real vLLM experts of one rank with random weights, and their fp32 reference."""
+
+import os
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from benchmarks.moe_cases import Case
+from benchmarks.one_rank import rank_of
+from benchmarks.quantized import BLOCK, FP8, fake_quantize, random_scales
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the router sends tokens: ``[num_tokens, top_k]`` weights and ids."""
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+
+    @classmethod
+    def random(cls, case: Case, num_tokens: int, generator: torch.Generator):
+        """Return the top-k of random logits, their softmax renormalized."""
+        logits = torch.randn(
+            num_tokens,
+            case.experts,
+            generator=generator,
+            device=generator.device,
+            dtype=torch.float32,
+        )
+        top, ids = logits.topk(case.top_k, -1)
+        return cls(top.softmax(-1), ids.to(torch.int32))
+
+    def worst_rank_first(self, experts: int, ep_size: int) -> "Routing":
+        """Rename experts so that those of the worst-loaded rank come first."""
+        local = experts // ep_size
+        loads = torch.bincount(self.ids.flatten() // local, minlength=ep_size)
+        first = int(loads.argmax()) * local
+        return Routing(self.weights, (self.ids - first) % experts)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A layer's parameters before vLLM prepares them for its kernel.
+
+    Attributes:
+        w13: FP8 ``[experts, 2 * columns, hidden]``, gate then up.
+        w2: FP8 ``[experts, hidden, columns]``.
+        w13_scale: ``[experts, 2 * blocks, hidden / block]``.
+        w2_scale: ``[experts, hidden / block, blocks]``.
+        lead: Position of the first column inside its quant block.
+
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    lead: int
+
+    @property
+    def block(self) -> int:
+        """Size of a quant block: 128, or less where vLLM refines it."""
+        return self.w13.shape[-1] // self.w13_scale.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        scales = self.w13_scale.nbytes + self.w2_scale.nbytes
+        return self.w13.nbytes + self.w2.nbytes + scales
+
+    def reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Compute the layer in fp32, activations quantized in the blocks' groups.
+
+        Experts that are not here, as under expert parallelism, add nothing.
+        """
+        x = fake_quantize(x.float(), self.block)
+        out = torch.zeros_like(x)
+        for expert in range(len(self.w13)):
+            token, slot = (routing.ids == expert).nonzero(as_tuple=True)
+            if len(token):
+                y = self._expert(expert, x[token])
+                out.index_add_(0, token, y * routing.weights[token, slot, None])
+        return out
+
+    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        columns = self.w2.shape[-1]
+        grid = self.lead, self.w2_scale.shape[-1] * self.block - self.lead - columns
+        w13, s13 = self.w13[expert], self.w13_scale[expert]
+        gate, up = (
+            x @ self._dequantized(w, s, self.lead, 0).T
+            for w, s in zip(w13.chunk(2), s13.chunk(2), strict=True)
+        )
+        h = torch.nn.functional.pad(torch.nn.functional.silu(gate) * up, grid)
+        h = fake_quantize(h, self.block)[:, self.lead : self.lead + columns]
+        w2, s2 = self.w2[expert], self.w2_scale[expert]
+        return h @ self._dequantized(w2, s2, 0, self.lead).T
+
+    def _dequantized(self, weight, scale, row_lead: int, column_lead: int):
+        rows, columns = weight.shape
+        for dim, lead, size in ((0, row_lead, rows), (1, column_lead, columns)):
+            scale = scale.repeat_interleave(self.block, dim).narrow(dim, lead, size)
+        return weight.float() * scale
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run a case's experts.
+
+    Attributes:
+        total: Intermediate columns over all ranks.
+        tp_size: Tensor-parallel size.
+        rank: This rank.
+        expert_parallel: Give each rank whole experts.
+        moe_backend: ``kernel_config.moe_backend``.
+        padding: ``VLLM_FP8_TP_PADDING``.
+
+    """
+
+    total: int
+    tp_size: int
+    rank: int
+    expert_parallel: bool = False
+    moe_backend: str = "triton"
+    padding: str = "auto"
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether vLLM's own method shall run it, plugin or not."""
+        size = self.total // self.tp_size
+        return self.expert_parallel or self.padding == "off" or size % BLOCK == 0
+
+    def route(self, case: Case, routing: Routing) -> Routing:
+        """Return what reaches this layer: under EP that of the worst-loaded rank."""
+        if self.expert_parallel:
+            return routing.worst_rank_first(case.experts, self.tp_size)
+        return routing
+
+
+def implementations(case: Case) -> dict[str, Implementation | None]:
+    """Return what is compared, by column; None where vLLM has whole blocks nowhere."""
+    tp, total, rank = case.tp_size, case.total, case.rank
+    half = Implementation(total, tp // 2, rank // 2)
+    return {
+        "ours": Implementation(total, tp, rank),
+        "padded": Implementation(case.shard.span * tp, tp, rank),
+        # Chosen by vLLM as its engine does; "triton" would change what it refuses.
+        "refined": Implementation(total, tp, rank, moe_backend="auto", padding="off"),
+        "half_tp": half if half.is_stock else None,
+        "ep": Implementation(total, tp, rank=0, expert_parallel=True),
+    }
+
+
+class Layer:
+    """vLLM's layer for one rank, as an engine would call it.
+
+    Args:
+        case: Sizes.
+        what: How they are run.
+        seed: Of the weights.
+        device: Where they live.
+
+    Raises:
+        Exception: Whatever vLLM says against this layer.
+
+    """
+
+    def __init__(self, case: Case, what: Implementation, seed: int, device):
+        self.what = what
+        with mock.patch.dict(os.environ, VLLM_FP8_TP_PADDING=what.padding):
+            with self.rank(), device:
+                self.experts = _routed_experts(case, what)
+            self.weights = _fill(self.experts, case, what, seed)
+            with self.rank():
+                method = self.experts.quant_method
+                method.process_weights_after_loading(self.experts)
+        stock = type(method).__name__ == "Fp8MoEMethod"
+        assert stock == what.is_stock, f"{what} got {type(method).__name__}"
+
+    def rank(self):
+        what = self.what
+        return rank_of(what.tp_size, what.rank, what.moe_backend, what.expert_parallel)
+
+    @property
+    def kernel(self) -> str:
+        """Name of vLLM's class that runs the experts."""
+        return self.experts.quant_method.experts_cls.__name__
+
+    def __call__(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return the rank's output, in memory that the next call overwrites."""
+        method = self.experts.quant_method
+        return method.apply(self.experts, x, routing.weights, routing.ids, None, None)
+
+
+def _routed_experts(case: Case, what: Implementation) -> torch.nn.Module:
+    import vllm.model_executor.layers.fused_moe as fused_moe
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    # Renamed in 0.31.
+    factory = getattr(fused_moe, "FusedMoE", None) or fused_moe.FusedMoEFactory
+    layer = factory(
+        num_experts=case.experts,
+        top_k=case.top_k,
+        hidden_size=case.hidden,
+        intermediate_size=what.total,
+        params_dtype=torch.bfloat16,
+        quant_config=Fp8Config(
+            is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK, BLOCK]
+        ),
+        tp_size=what.tp_size,
+        dp_size=1,
+        pcp_size=1,
+        prefix="model.layers.0.mlp.experts",
+    )
+    # vLLM keeps layers by name, and refuses a name that it knows.
+    get_current_vllm_config().compilation_config.static_forward_context.clear()
+    return getattr(layer, "routed_experts", layer)
+
+
+def _fill(experts, case: Case, what: Implementation, seed: int) -> Weights:
+    """Give a layer random weights as a checkpoint would hold them."""
+    w13, w2 = experts.w13_weight.data, experts.w2_weight.data
+    scales = experts.w13_weight_scale_inv.data, experts.w2_weight_scale_inv.data
+    generator = torch.Generator(w13.device).manual_seed(seed)
+    for expert in (*w13, *w2):
+        codes = torch.randn(
+            expert.shape,
+            generator=generator,
+            device=expert.device,
+            dtype=torch.float32,
+        )
+        expert.copy_(codes.to(FP8))
+    for scale in scales:
+        scale.copy_(random_scales(*scale.shape, generator=generator))
+    if what.is_stock:
+        return Weights(w13, w2, *scales, lead=0)
+    shard = case.shard_of(what.rank)
+    if w2.shape[-1] == shard.size:
+        return Weights(w13, w2, *scales, lead=shard.lead)
+    _clear_padding(w13, w2, shard)
+    return Weights(w13, w2, *scales, lead=0)
+
+
+def _clear_padding(w13: torch.Tensor, w2: torch.Tensor, shard) -> None:
+    """Zero what the loaders of a padded store would: all but the real columns."""
+    gate, up = w13.view(torch.uint8).chunk(2, 1)
+    end = shard.lead + shard.size
+    for columns in (gate.mT, up.mT, w2.view(torch.uint8)):
+        columns[..., : shard.lead] = 0
+        columns[..., end:] = 0

@@ -1,0 +1,96 @@
+"""The check that stands before the timings of experts, and what is made of them."""
+
+import pytest
+import torch
+
+from benchmarks import moe, moe_bars, moe_layers
+from benchmarks.moe_cases import Case
+from benchmarks.moe_layers import Routing, Weights
+from benchmarks.quantized import FP8, random_scales
+
+# 192 columns per rank: the second one straddles two blocks.
+CASE = Case("tiny", 4, 2, 128, 384, 2, why="small", check_all_ranks=True)
+
+
+@pytest.fixture
+def check(monkeypatch, plugin):
+    """Return the command for a case that a CPU can run."""
+    monkeypatch.setattr(moe, "CASES", [CASE])
+    monkeypatch.setattr(moe, "CHECKED_TOKENS", 3)
+    arguments = ["--check-only", "--tokens", "1", "--columns", "ours", "padded"]
+    return lambda: moe.main(arguments)
+
+
+def test_the_plugins_layer_passes(check):
+    assert check() == 0
+
+
+def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys):
+    stock_fill = moe_layers._fill
+
+    def swap_blocks(experts, case, what, seed):
+        weights = stock_fill(experts, case, what, seed)
+        if what.is_stock:
+            return weights
+        kept = {**vars(weights), "w2_scale": weights.w2_scale.clone()}
+        experts.w2_weight_scale_inv.data.copy_(weights.w2_scale.flip(-1))
+        return Weights(**kept)
+
+    monkeypatch.setattr(moe_layers, "_fill", swap_blocks)
+    assert check() == 1
+    assert "PROBLEM" in capsys.readouterr().out
+
+
+def test_no_case_does_not_pass(plugin):
+    assert moe.main(["--check-only", "--cases", "no such model"]) == 1
+
+
+def test_the_reference_counts_columns_from_the_lead():
+    """A compact store with a lead is a whole-block one with zeros around it."""
+    generator = torch.Generator().manual_seed(0)
+    lead, size, span, hidden = 64, 150, 256, 256
+    gate, up, down = (
+        torch.randn(2, *shape, generator=generator).to(FP8)
+        for shape in ((size, hidden), (size, hidden), (hidden, size))
+    )
+    scales = (
+        random_scales(2, 4, 2, generator=generator),
+        random_scales(2, 2, 2, generator=generator),
+    )
+    compact = Weights(torch.cat([gate, up], 1), down, *scales, lead=lead)
+    rows, columns = (0, 0, lead, span - lead - size), (lead, span - lead - size)
+    pad = torch.nn.functional.pad
+    gate, up = (pad(w.float(), rows).to(FP8) for w in (gate, up))
+    down = pad(down.float(), columns).to(FP8)
+    whole = Weights(torch.cat([gate, up], 1), down, *scales, lead=0)
+    x = torch.randn(3, hidden, generator=generator)
+    routing = Routing(
+        torch.rand(3, 1, generator=generator), torch.tensor([[0], [1]] + [[1]])
+    )
+    expected = whole.reference(x, routing)
+    torch.testing.assert_close(compact.reference(x, routing), expected)
+    shifted = Weights(**{**vars(compact), "lead": 0})
+    assert not torch.allclose(shifted.reference(x, routing), expected, rtol=0.1)
+
+
+def test_the_worst_loaded_rank_comes_first():
+    ids = torch.tensor([[0, 5], [4, 6], [7, 5]])
+    routing = Routing(torch.ones(3, 2), ids).worst_rank_first(experts=8, ep_size=4)
+    # Experts 4 and 5 have three pairs, and become 0 and 1.
+    assert routing.ids.tolist() == [[4, 1], [0, 2], [3, 1]]
+
+
+def test_bars_say_what_was_worst_and_where():
+    table = {
+        1: {"floor": 10.0, "ours": 17.0, "padded": 27.0, "refined": 37.0},
+        16: {"floor": 10.0, "ours": 15.0, "padded": 14.0, "refined": 20.0},
+    }
+    found = {str(bar) for bar in moe_bars.main_case(table)}
+    assert "PASS us at 1 token: 17.00 <= 18" in found
+    assert "MISS padded / ours, at worst: 0.93 >= 1 (16 tokens)" in found
+    assert "MISS ours / floor, 16 to 256 tokens: 1.50 <= 1.4 (16 tokens)" in found
+    assert "PASS refined / ours, at worst: 1.33 >= 1.2 (16 tokens)" in found
+
+
+def test_bars_leave_out_what_was_not_measured():
+    assert moe_bars.main_case({1: {"floor": 1.0, "padded": 2.0}}) == []

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Which experts are stored without padding, and what they hold then."""
+
+import pytest
+import torch
+
+from . import experts
+from .experts import Checkpoint, build, load, poison
+from .tensor_parallel import runs_kernels
+from .test_moe_loading import SPLITS
+
+pytestmark = runs_kernels
+
+CUT = [(total, tp) for total, tp in SPLITS if total // tp % experts.BLOCK]
+
+
+def stored(layer, shard):
+    """Weight of ``shard`` with its sharded dimension last, and its scales."""
+    stem = experts.SHARDS[shard]
+    weight = getattr(layer, f"{stem}_weight").data
+    scale = getattr(layer, f"{stem}_weight_scale_inv").data
+    if shard == "w2":
+        return weight, scale
+    index = 1 if shard == "w3" else 0
+    return (t.chunk(2, 1)[index].transpose(1, 2) for t in (weight, scale))
+
+
+@pytest.mark.parametrize(("total", "tp_size"), CUT)
+def test_ranks_rebuild_the_checkpoint_without_padding(total, tp_size):
+    checkpoint = Checkpoint.random(total)
+    size = total // tp_size
+    for rank in range(tp_size):
+        layer = build(total, tp_size, rank)
+        if layer.quant_method.padded_because:
+            assert "blocks a rank" in layer.quant_method.padded_because
+            continue
+        poison(layer)
+        load(layer, checkpoint)
+        lead = rank * size % experts.BLOCK
+        for shard in experts.SHARDS:
+            weight, scale = stored(layer, shard)
+            assert weight.shape[-1] == size
+            whole = checkpoint.weights[shard].view(torch.uint8)
+            blocks = checkpoint.scales[shard]
+            if shard != "w2":
+                whole, blocks = whole.transpose(1, 2), blocks.transpose(1, 2)
+            mine = slice(rank * size, (rank + 1) * size)
+            assert torch.equal(weight.view(torch.uint8), whole[..., mine])
+            position = lead + torch.arange(size)
+            found = scale[..., position // experts.BLOCK]
+            element = rank * size + torch.arange(size)
+            assert torch.equal(found, blocks[..., element // experts.BLOCK])
+
+
+def test_a_wide_rank_is_padded():
+    layer = build(1408, 2, 1)
+    assert layer.quant_method.padded_because == (
+        "masked kernels take up to 4 blocks a rank, not 6"
+    )
+    assert layer.w2_weight.shape[-1] == 768
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("VLLM_FP8_TP_PADDING", "padded", "VLLM_FP8_TP_PADDING=padded"),
+        ("VLLM_BATCH_INVARIANT", "1", "masked kernels depend on the batch size"),
+    ],
+)
+def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
+    monkeypatch.setenv(variable, value)
+    layer = build(384, 2, 1)
+    assert layer.quant_method.padded_because == reason
+    assert layer.w2_weight.shape[-1] == 256
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"has_bias": True}, "masked kernels add no biases"),
+        ({"swiglu_limit": 7.0}, "masked kernels do not clamp the activation"),
+        ({"activation": "gelu"}, "masked kernels compute SiLU and gate, not gelu"),
+    ],
+)
+def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
+    layer = build(384, 2, 1, **kwargs)
+    assert layer.quant_method.padded_because == reason
+
+
+def test_the_log_line_says_what_is_stored_and_why(monkeypatch, padding_log):
+    checkpoint = Checkpoint.random(384)
+    for mode in ("auto", "padded"):
+        monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
+        layer = build(384, 2, 0)
+        load(layer, checkpoint)
+        experts.process(layer, 2, 0)
+    first, second = (record.getMessage() for record in padding_log())
+    assert (
+        "1 MoE layers, 384 / TP 2 = 192 stored as they are, for masked Triton kernels; "
+        "0.0 MiB of padding"
+    ) in first
+    assert "192 padded to 256 (VLLM_FP8_TP_PADDING=padded); 0.1 MiB" in second

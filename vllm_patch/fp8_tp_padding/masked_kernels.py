@@ -1,0 +1,571 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Triton kernels for block-FP8 experts whose columns are cut inside a quant block.
+
+Weights are stored compactly: only the rank's ``SIZE`` real columns. Position
+``p`` of the padded span is column ``p - LEAD`` of the store and belongs to quant
+block ``p // 128``, so tiles lie on the checkpoint's block grid and never hold two
+scales. Tiles that are all padding are not launched; in the first and the last
+one, loads and stores are masked.
+
+A *pair* is one (token, top-k slot): pair ``p`` belongs to token ``p // top_k``.
+"""
+
+from vllm.triton_utils import tl, triton
+
+BLOCK = tl.constexpr(128)
+HALF = tl.constexpr(64)
+FP8_MAX = tl.constexpr(448.0)
+# As in vLLM's quantization kernels: the smallest absolute maximum of a group.
+EPS = tl.constexpr(1e-10)
+
+
+@triton.jit
+def _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP: tl.constexpr):
+    """Local expert of a routed id; -1 for a padding token or a remote expert."""
+    if HAS_EXPERT_MAP:
+        return tl.load(expert_map_ptr + id, mask=id >= 0, other=-1).to(tl.int32)
+    return id
+
+
+@triton.jit
+def _to_fp8(x):
+    return tl.clamp(x, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
+def _quantize_group(x):
+    """Quantize rows of one group, ``[rows, group]``: FP8 codes and scales."""
+    absmax = tl.max(tl.abs(x), 1)
+    scale = tl.maximum(absmax, EPS) / FP8_MAX
+    return _to_fp8(x / scale[:, None]), scale
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+    """Accumulator of ``ROWS`` pairs, transposed if ``SWAP``."""
+    if SWAP:
+        return tl.zeros([COLUMNS, ROWS], tl.float32)
+    else:
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def _dot(x, w, acc, SWAP: tl.constexpr):
+    """``acc + x @ w.T``, or its transpose.
+
+    ``SWAP`` makes the weights the first operand: Hopper's matrix instructions
+    take no fewer than 64 rows of that, and pairs are few in a small batch.
+    """
+    if SWAP:
+        return tl.dot(w, tl.trans(x), acc)
+    else:
+        return tl.dot(x, tl.trans(w), acc)
+
+
+@triton.jit
+def _per_pair(values, SWAP: tl.constexpr):
+    """Values of pairs, to broadcast over an accumulator."""
+    if SWAP:
+        return values[None, :]
+    else:
+        return values[:, None]
+
+
+@triton.jit(do_not_specialize=["num_pairs", "chunks"])
+def prepare_kernel(
+    x_ptr,  # [num_tokens, K] bf16/fp16/fp32
+    x_codes_ptr,  # [num_tokens, K] fp8, out
+    x_scale_ptr,  # [num_tokens, K // 128] fp32, out
+    topk_ids_ptr,  # [num_pairs] integers, -1 for padding tokens
+    counts_ptr,  # [chunks, BINS] int32, out
+    num_pairs,
+    chunks,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Quantize tokens, and count each expert's pairs, in one launch.
+
+    Grid: ``chunks`` programs that count ``CHUNK`` pairs each, then ``num_tokens *
+    (K // 128 // GROUPS)`` programs of ``GROUPS`` activation groups each.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if pid < chunks:
+        pair = pid * CHUNK + tl.arange(0, CHUNK)
+        ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
+        ids = ids.to(tl.int32)
+        counts = tl.histogram(tl.where(ids < 0, 0, ids), BINS, mask=ids >= 0)
+        tl.store(counts_ptr + pid * BINS + tl.arange(0, BINS), counts)
+    else:
+        PER_TOKEN: tl.constexpr = K // BLOCK // GROUPS
+        token = ((pid - chunks) // PER_TOKEN).to(tl.int64)
+        group = (pid - chunks) % PER_TOKEN * GROUPS + tl.arange(0, GROUPS)
+        offset = token * K + group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        codes, scale = _quantize_group(tl.load(x_ptr + offset).to(tl.float32))
+        tl.store(x_codes_ptr + offset, codes)
+        tl.store(x_scale_ptr + token * (K // BLOCK) + group, scale)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "chunks"])
+def sort_kernel(
+    topk_ids_ptr,
+    expert_map_ptr,  # [NUM_IDS] int32: local expert, -1 for a remote one; or unused
+    counts_ptr,
+    sorted_pairs_ptr,  # [max blocks * BLOCK_M] int32, out
+    block_experts_ptr,  # [max blocks] int32, out
+    num_blocks_ptr,  # [1] int32, out
+    num_pairs,
+    chunks,
+    CHUNKS: tl.constexpr,
+    NUM_IDS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Sort pairs by expert into whole blocks of ``BLOCK_M``.
+
+    Grid: ``chunks * NUM_IDS``. A program places one expert's pairs of one chunk; the
+    expert's last block is filled up with ``num_pairs``. ``CHUNKS`` is ``chunks``
+    rounded up to a power of two.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    id = tl.program_id(0) % NUM_IDS
+    chunk = tl.program_id(0) // NUM_IDS
+    bins = tl.arange(0, BINS)
+    all_chunks = tl.arange(0, CHUNKS)
+    counts = tl.load(
+        counts_ptr + all_chunks[:, None] * BINS + bins[None, :],
+        mask=(all_chunks < chunks)[:, None] & (bins < NUM_IDS)[None, :],
+        other=0,
+    )
+    if HAS_EXPERT_MAP:
+        local = tl.load(expert_map_ptr + bins, mask=bins < NUM_IDS, other=-1)
+        counts = tl.where((local >= 0)[None, :], counts, 0)
+    totals = tl.sum(counts, 0)
+    blocks = (totals + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(bins < id, blocks, 0))
+    count = tl.sum(tl.where(bins == id, totals, 0))
+    num_blocks = (count + BLOCK_M - 1) // BLOCK_M
+    if chunk == 0:
+        if id == 0:
+            tl.store(num_blocks_ptr, tl.sum(blocks))
+        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        for block in range(num_blocks):
+            tl.store(block_experts_ptr + first + block, expert)
+        tail = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        unused = (tail >= count) & (tail >= 0)
+        tl.store(sorted_pairs_ptr + first * BLOCK_M + tail, num_pairs, mask=unused)
+
+    here = (bins == id)[None, :]
+    before = tl.sum(tl.where((all_chunks < chunk)[:, None] & here, counts, 0))
+    mine_here = tl.sum(tl.where((all_chunks == chunk)[:, None] & here, counts, 0))
+    if mine_here > 0:
+        pair = chunk * CHUNK + tl.arange(0, CHUNK)
+        ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
+        mine = (ids == id).to(tl.int32)
+        place = first * BLOCK_M + before + tl.cumsum(mine) - 1
+        tl.store(sorted_pairs_ptr + place, pair, mask=mine == 1)
+
+
+@triton.jit
+def _block_of_pairs(
+    pid_m,
+    sorted_pairs_ptr,
+    block_experts_ptr,
+    num_blocks_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    num_pairs,
+    BLOCK_M: tl.constexpr,
+    SORTED: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+):
+    """Pairs of a block and their expert, -1 if there is nothing to do.
+
+    Unsorted, a block is one pair: then nothing has to be sorted, and an expert's
+    weights are read once for each of its pairs (mostly from L2).
+    """
+    row = tl.arange(0, BLOCK_M)
+    if SORTED:
+        num_blocks = tl.load(num_blocks_ptr)
+        place = pid_m * BLOCK_M + row
+        pair = tl.load(
+            sorted_pairs_ptr + place, mask=place < num_blocks * BLOCK_M, other=num_pairs
+        )
+        expert = tl.where(pid_m < num_blocks, tl.load(block_experts_ptr + pid_m), -1)
+    else:
+        pair = tl.where(row == 0, pid_m, num_pairs)
+        id = tl.load(topk_ids_ptr + pid_m).to(tl.int32)
+        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+    return pair, expert.to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def gate_up_kernel(
+    x_codes_ptr,  # [num_tokens, K] fp8
+    x_scale_ptr,  # [num_tokens, K // 128] fp32
+    w_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
+    w_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
+    h_ptr,  # [num_pairs, SIZE] out: bf16/fp16, or fp8 if QUANTIZE
+    h_scale_ptr,  # [num_pairs, NUM_BLOCKS] fp32 out, if QUANTIZE
+    sorted_pairs_ptr,
+    block_experts_ptr,
+    num_blocks_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    num_pairs,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
+    SORTED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """``silu(x @ gate.T) * (x @ up.T)`` for one block of pairs and BLOCK_N columns.
+
+    Grid: ``blocks of pairs * tiles of the span that hold real columns``. With
+    ``QUANTIZE`` (``BLOCK_N == 128``) a tile is one activation group of the next
+    product, which is quantized here.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    FIRST: tl.constexpr = LEAD // BLOCK_N
+    TILES: tl.constexpr = (LEAD + SIZE + BLOCK_N - 1) // BLOCK_N - FIRST
+    K_BLOCKS: tl.constexpr = K // BLOCK
+    pid = tl.program_id(0)
+    pair, expert = _block_of_pairs(
+        pid // TILES,
+        sorted_pairs_ptr,
+        block_experts_ptr,
+        num_blocks_ptr,
+        topk_ids_ptr,
+        expert_map_ptr,
+        num_pairs,
+        BLOCK_M,
+        SORTED,
+        HAS_EXPERT_MAP,
+    )
+    if expert < 0:
+        return
+
+    tile = FIRST + pid % TILES
+    column = tile * BLOCK_N - LEAD + tl.arange(0, BLOCK_N)
+    real = (column >= 0) & (column < SIZE)
+    token = (pair // TOP_K).to(tl.int64)
+    is_pair = pair < num_pairs
+    k = tl.arange(0, BLOCK)
+    x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
+    x_scale_ptrs = x_scale_ptr + token * K_BLOCKS
+    gate_ptrs = w_ptr + expert * (2 * SIZE * K) + column[:, None] * K + k[None, :]
+    group = tile * BLOCK_N // BLOCK
+    gate_scale_ptr = w_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
+    zeros = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    gate = zeros
+    up = zeros
+    for first in tl.range(0, K_BLOCKS, UNROLL, num_stages=NUM_STAGES):
+        for i in tl.static_range(UNROLL):
+            block = first + i
+            x = tl.load(x_ptrs + block * BLOCK, mask=is_pair[:, None], other=0.0)
+            gate_w = tl.load(gate_ptrs + block * BLOCK, mask=real[:, None], other=0.0)
+            up_w = tl.load(
+                gate_ptrs + SIZE * K + block * BLOCK, mask=real[:, None], other=0.0
+            )
+            x_scale = tl.load(x_scale_ptrs + block, mask=is_pair, other=0.0)
+            gate_scale = x_scale * tl.load(gate_scale_ptr + block)
+            up_scale = x_scale * tl.load(gate_scale_ptr + NUM_BLOCKS * K_BLOCKS + block)
+            gate += _dot(x, gate_w, zeros, SWAP) * _per_pair(gate_scale, SWAP)
+            up += _dot(x, up_w, zeros, SWAP) * _per_pair(up_scale, SWAP)
+
+    if SWAP:
+        gate = tl.trans(gate)
+        up = tl.trans(up)
+    h = gate * tl.sigmoid(gate) * up
+    where = pair.to(tl.int64)[:, None] * SIZE + column[None, :]
+    mask = is_pair[:, None] & real[None, :]
+    if QUANTIZE:
+        h, scale = _quantize_group(h)
+        tl.store(
+            h_scale_ptr + pair.to(tl.int64) * NUM_BLOCKS + group, scale, mask=is_pair
+        )
+    tl.store(h_ptr + where, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_half(
+    row_ptrs, rows, half: tl.constexpr, SIZE: tl.constexpr, LEAD: tl.constexpr
+):
+    """``[rows, 64]`` of half a quant block, zero where there is no column."""
+    column = half * HALF - LEAD + tl.arange(0, HALF)
+    real = (column >= 0) & (column < SIZE)
+    return tl.load(
+        row_ptrs[:, None] + column[None, :],
+        mask=rows[:, None] & real[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_h(
+    h_ptr,
+    h_scale_ptr,
+    pair,
+    is_pair,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):
+    """Operands of down: codes of each real half block, scales of each block."""
+    codes = ()
+    scales = ()
+    pair = pair.to(tl.int64)
+    row_ptrs = h_ptr + pair * SIZE
+    for block in tl.static_range(NUM_BLOCKS):
+        halves = ()
+        for half in tl.static_range(2 * block, 2 * block + 2):
+            if (half + 1) * HALF > LEAD and half * HALF < LEAD + SIZE:
+                halves = halves + (_load_half(row_ptrs, is_pair, half, SIZE, LEAD),)
+        if QUANTIZED:
+            scale_ptrs = h_scale_ptr + pair * NUM_BLOCKS + block
+            scale = tl.load(scale_ptrs, mask=is_pair, other=0.0)
+            codes = codes + halves
+        else:
+            absmax = tl.full([pair.shape[0]], EPS, tl.float32)
+            for i in tl.static_range(len(halves)):
+                largest = tl.max(tl.abs(halves[i].to(tl.float32)), 1)
+                absmax = tl.maximum(absmax, largest)
+            scale = absmax / FP8_MAX
+            for i in tl.static_range(len(halves)):
+                codes = codes + (_to_fp8(halves[i].to(tl.float32) / scale[:, None]),)
+        scales = scales + (scale,)
+    return codes, scales
+
+
+@triton.jit
+def _times_w2(
+    codes,
+    scales,
+    row_ptrs,
+    rows,
+    w_scale_ptr,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    """``h @ down.T`` for rows of down that share a row of quant blocks."""
+    FIRST: tl.constexpr = LEAD // HALF
+    zeros = _zeros(codes[0].shape[0], rows.shape[0], SWAP)
+    out = zeros
+    for block in tl.static_range(NUM_BLOCKS):
+        partial = zeros
+        for half in tl.static_range(2 * block, 2 * block + 2):
+            if (half + 1) * HALF > LEAD and half * HALF < LEAD + SIZE:
+                w = _load_half(row_ptrs, rows, half, SIZE, LEAD)
+                partial = _dot(codes[half - FIRST], w, partial, SWAP)
+        scale = scales[block] * tl.load(w_scale_ptr + block)
+        out += partial * _per_pair(scale, SWAP)
+    return out
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def down_kernel(
+    h_ptr,  # [num_pairs, SIZE] bf16/fp16, or fp8 if QUANTIZED
+    h_scale_ptr,  # [num_pairs, NUM_BLOCKS] fp32, if QUANTIZED
+    w_ptr,  # [experts, K, SIZE] fp8
+    w_scale_ptr,  # [experts, K // 128, NUM_BLOCKS] fp32
+    y_ptr,  # [num_pairs, K] bf16/fp16/fp32, out
+    topk_weights_ptr,  # [num_pairs] fp32
+    sorted_pairs_ptr,
+    block_experts_ptr,
+    num_blocks_ptr,
+    num_pairs,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
+    MUL_WEIGHT: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """``h @ down.T``, times the router's weight, for one block of sorted pairs.
+
+    Grid: ``blocks of pairs * SPLITS``. A program holds the block's activations,
+    quantized, and walks over its ``K // SPLITS`` output columns.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    pair, expert = _block_of_pairs(
+        pid // SPLITS,
+        sorted_pairs_ptr,
+        block_experts_ptr,
+        num_blocks_ptr,
+        None,
+        None,
+        num_pairs,
+        BLOCK_M,
+        True,
+        False,
+    )
+    if expert < 0:
+        return
+
+    is_pair = pair < num_pairs
+    codes, scales = _load_h(
+        h_ptr, h_scale_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS, QUANTIZED
+    )
+    weight = tl.full([BLOCK_M], 1.0, tl.float32)
+    if MUL_WEIGHT:
+        weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
+    y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
+    FIRST = (pid % SPLITS) * (K // SPLITS)
+    for start in tl.range(0, K // SPLITS, BLOCK_N, num_stages=NUM_STAGES):
+        row = FIRST + start + tl.arange(0, BLOCK_N)
+        row_block = (FIRST + start) // BLOCK
+        y = _times_w2(
+            codes,
+            scales,
+            w_ptr + (expert * K + row) * SIZE,
+            row < K,
+            w_scale_ptr + (expert * (K // BLOCK) + row_block) * NUM_BLOCKS,
+            SIZE,
+            LEAD,
+            NUM_BLOCKS,
+            SWAP,
+        )
+        y = (y * _per_pair(weight, SWAP)).to(y_ptr.dtype.element_ty)
+        if SWAP:
+            y = tl.trans(y)
+        tl.store(y_ptrs + row[None, :], y, mask=is_pair[:, None] & (row < K)[None, :])
+
+
+@triton.jit
+def down_and_sum_kernel(
+    h_ptr,
+    h_scale_ptr,
+    w_ptr,
+    w_scale_ptr,
+    out_ptr,  # [num_tokens, K] bf16/fp16/fp32, out
+    topk_weights_ptr,
+    topk_ids_ptr,
+    expert_map_ptr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
+    MUL_WEIGHT: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """One token's output: ``h @ down.T`` of its experts, weighted and summed.
+
+    Grid: ``K // BLOCK_N * num_tokens``, tokens fastest, so that experts shared by
+    tokens come from L2. The token's slots are the rows of one operand; the
+    product with a slot's expert counts in that slot's row only.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    num_tokens = tl.num_programs(0) // (K // BLOCK_N)
+    token = tl.program_id(0) % num_tokens
+    start = tl.program_id(0) // num_tokens * BLOCK_N
+    slot = tl.arange(0, ROWS)
+    pair = token * TOP_K + slot
+    ids = tl.load(topk_ids_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
+    is_pair = _expert_of(ids, expert_map_ptr, HAS_EXPERT_MAP) >= 0
+    codes, scales = _load_h(
+        h_ptr, h_scale_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS, QUANTIZED
+    )
+    weight = tl.full([ROWS], 1.0, tl.float32)
+    if MUL_WEIGHT:
+        weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
+    row = start + tl.arange(0, BLOCK_N)
+    out = _zeros(ROWS, BLOCK_N, SWAP)
+    for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
+        id = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)
+        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        real_row = tl.where(expert >= 0, row, K)
+        expert = tl.maximum(expert, 0).to(tl.int64)
+        y = _times_w2(
+            codes,
+            scales,
+            w_ptr + (expert * K + row) * SIZE,
+            real_row < K,
+            w_scale_ptr + (expert * (K // BLOCK) + start // BLOCK) * NUM_BLOCKS,
+            SIZE,
+            LEAD,
+            NUM_BLOCKS,
+            SWAP,
+        )
+        out += y * _per_pair(tl.where(slot == one, weight, 0.0), SWAP)
+    if SWAP:
+        out = tl.trans(out)
+    total = tl.sum(out, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token.to(tl.int64) * K + row, total, mask=row < K)
+
+
+@triton.jit
+def sum_kernel(
+    y_ptr,  # [num_tokens, TOP_K, K]
+    out_ptr,  # [num_tokens, K], out
+    topk_ids_ptr,
+    expert_map_ptr,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_EXPERT_MAP: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Sum a token's slots that have an expert here, in fp32.
+
+    Grid: ``num_tokens * ceil(K / BLOCK_N)``.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    token = (tl.program_id(0) // TILES).to(tl.int64)
+    column = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        id = tl.load(topk_ids_ptr + token * TOP_K + slot).to(tl.int32)
+        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        y = tl.load(y_ptr + (token * TOP_K + slot) * K + column, mask=column < K)
+        total += tl.where(expert >= 0, y.to(tl.float32), 0.0)
+    tl.store(
+        out_ptr + token * K + column,
+        total.to(out_ptr.dtype.element_ty),
+        mask=column < K,
+    )

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Tile sizes of the masked kernels: tuned files, and a rule for the rest."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
+from vllm.platforms import current_platform
+
+from .shard import BlockShard
+
+logger = init_logger("vllm.fp8_tp_padding")
+
+BLOCK = 128
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its output.
+
+    Attributes:
+        block_n: Output columns of a tile; divides the quant block of 128.
+        num_warps: Warps of a program.
+        num_stages: Loads in flight.
+        swap: Weights as the first operand of the matrix product.
+        unroll: Quant blocks along K of one loop iteration, in gate and up.
+
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    unroll: int = 1
+
+    def count(self, shard: BlockShard) -> int:
+        """Tiles of the shard's span that hold real columns."""
+        end = -(-(shard.lead + shard.size) // self.block_n)
+        return end - shard.lead // self.block_n
+
+    @property
+    def launch_options(self) -> dict[str, int | bool]:
+        return {
+            "BLOCK_N": self.block_n,
+            "NUM_STAGES": self.num_stages,
+            "SWAP": self.swap,
+            "num_warps": self.num_warps,
+        }
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The path for one number of tokens.
+
+    Attributes:
+        sort: Sort pairs by expert into blocks of ``block_m``. Otherwise each pair
+            is a block, and down is summed over a token's experts as it goes.
+        block_m: Pairs of a block.
+        gate_up: Tile of gate and up.
+        down: Tile of down.
+        down_splits: Programs that share a block's output columns, if sorted.
+        quantize_in_gate_up: Quantize the intermediate where it is computed and
+            not where it is used. A tile must then hold whole groups.
+        pdl: Let each kernel start while the one before it ends (Hopper). Pays
+            while a kernel does not fill the GPU.
+
+    """
+
+    sort: bool
+    block_m: int
+    gate_up: Tile
+    down: Tile
+    down_splits: int = 1
+    quantize_in_gate_up: bool = False
+    pdl: bool = False
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Tiles":
+        fields = dict(config)
+        fields["gate_up"] = Tile(**config["gate_up"])
+        fields["down"] = Tile(**config["down"])
+        return cls(**fields)
+
+    def fit(self, hidden: int) -> "Tiles":
+        """Make the splits along ``hidden`` even."""
+        blocks = hidden // BLOCK
+        gate_up = replace(self.gate_up, unroll=math.gcd(blocks, self.gate_up.unroll))
+        return replace(
+            self, gate_up=gate_up, down_splits=math.gcd(blocks, self.down_splits)
+        )
+
+
+def tiles_for(
+    num_tokens: int, top_k: int, num_experts: int, hidden: int, shard: BlockShard
+) -> Tiles:
+    """Return tuned tiles for the nearest number of tokens, else the rule's.
+
+    Args:
+        num_tokens: Tokens of the call.
+        top_k: Experts of a token.
+        num_experts: Experts of the rank.
+        hidden: Hidden size.
+        shard: The rank's columns.
+
+    """
+    tuned = _tuned(num_experts, shard.size)
+    if tuned:
+        nearest = min(tuned, key=lambda tokens: abs(tokens - num_tokens))
+        return tuned[nearest].fit(hidden)
+    hopper = current_platform.is_device_capability(90)
+    return rule(num_tokens * top_k / num_experts, hopper).fit(hidden)
+
+
+@functools.cache
+def _tuned(num_experts: int, size: int) -> dict[int, Tiles]:
+    name = get_config_file_name(num_experts, size, "fp8_w8a8", [BLOCK, BLOCK])
+    if (CONFIGS / name).exists():
+        return read_config(CONFIGS / name)
+    logger.info("No tuned tiles for the masked kernels (%s): using a rule.", name)
+    return {}
+
+
+def read_config(path: Path) -> dict[int, Tiles]:
+    """Return tiles by number of tokens from a tuned file."""
+    tuned = json.loads(path.read_text())
+    tuned.pop("triton_version", None)
+    return {int(tokens): Tiles.from_config(tiles) for tokens, tiles in tuned.items()}
+
+
+def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
+    """Return tiles by how many pairs an expert gets.
+
+    Below one, experts are read about once without sorting. Further up a block
+    should hold an expert's pairs, so that its weights are read once.
+    """
+    if pairs_per_expert < 0.125:
+        tile = Tile(32, 4, 3, unroll=4) if hopper else Tile(32, 4, 3)
+        return Tiles(False, 16, tile, _narrow(hopper, 5), pdl=hopper)
+    if pairs_per_expert < 1:
+        return Tiles(False, 16, _narrow(hopper, 4), _narrow(hopper, 4))
+    if pairs_per_expert < 8:
+        return Tiles(True, 16, _narrow(hopper, 4), _narrow(hopper, 3), 4)
+    if pairs_per_expert < 32:
+        return Tiles(True, 32, _narrow(hopper, 3), _narrow(hopper, 3), 4)
+    return Tiles(True, 64, Tile(64, 4, 4 if hopper else 2), Tile(64, 4, 3), 2)
+
+
+def _narrow(hopper: bool, num_stages: int) -> Tile:
+    """For blocks of few pairs.
+
+    Stages are fewer off Hopper: sm_89 and sm_120 have 99 KiB of shared memory.
+    """
+    if hopper:
+        return Tile(64, 4, num_stages, swap=True)
+    return Tile(32, 4, min(num_stages, 3))
