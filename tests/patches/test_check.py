@@ -58,7 +58,11 @@ def test_a_patch_that_does_not_apply(release, committed, tmp_path):
     git(tree, "init", "--quiet")
     git(tree, "add", "--all")
     git(tree, "commit", "--quiet", "--message", "vLLM")
-    patch = sorted(committed.glob("*.patch"))[0]
+    (patch,) = (
+        path
+        for path in committed.glob("*.patch")
+        if "\ndiff --git a/vllm/envs.py" in path.read_text()
+    )
     with pytest.raises(CheckError, match=f"git am {patch.name}: .*"):
         check.apply_patch(tree, patch)
 
