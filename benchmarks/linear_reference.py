@@ -18,6 +18,7 @@ class Arithmetic:
         powers_of_two: It rounds all scales up to powers of two and quantizes again,
             as DeepGEMM does by default.
         bfloat16_scales: It rounds weight scales to bfloat16, as Marlin does.
+
     """
 
     quantizes: bool

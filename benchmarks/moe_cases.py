@@ -21,6 +21,7 @@ class Case:
         rank: The rank that is timed.
         check_all_ranks: Compare every rank with the reference, not only that one.
         has_bars: Whether the bars in moe_bars.py were set for this case.
+
     """
 
     name: str

@@ -49,6 +49,7 @@ class Weights:
         w13_scale: ``[experts, 2 * blocks, hidden / block]``.
         w2_scale: ``[experts, hidden / block, blocks]``.
         lead: Position of the first column inside its quant block.
+
     """
 
     w13: torch.Tensor
@@ -112,6 +113,7 @@ class Implementation:
         expert_parallel: Give each rank whole experts.
         moe_backend: ``kernel_config.moe_backend``.
         padding: ``VLLM_FP8_TP_PADDING``.
+
     """
 
     total: int

@@ -55,14 +55,6 @@ def plugin():
 
 
 @pytest.fixture
-def vllm_version() -> tuple[int, int]:
-    """Major and minor number of the release under test."""
-    import vllm
-
-    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
-
-
-@pytest.fixture
 def padding_log(caplog):
     """Return what the padded layers logged so far, as a function of no arguments."""
     import logging

@@ -5,13 +5,18 @@ import functools
 import json
 import logging
 import multiprocessing
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vllm_patch import patch_table, releases
 from vllm_patch import plugin as plugin_module
+from vllm_patch.cli import patch_series
+from vllm_patch.cli.main import main
 
 TARGETS = {patch.name: patch for patch in patch_table.PATCHES}
 
@@ -137,7 +142,6 @@ def test_somebody_elses_replacement_is_named_and_kept(
 def test_unregister_keeps_what_somebody_put_on_top(fp8_config, monkeypatch, warnings):
     stock = fp8_config.get_quant_method
     plugin_module.register()
-    ours = fp8_config.get_quant_method
     monkeypatch.setattr(fp8_config, "get_quant_method", somebody_elses)
     plugin_module.unregister()
     assert fp8_config.get_quant_method is somebody_elses
@@ -145,9 +149,9 @@ def test_unregister_keeps_what_somebody_put_on_top(fp8_config, monkeypatch, warn
     assert f"was replaced by {__name__}.somebody_elses after vllm_patch did" in (
         warning.getMessage()
     )
-    monkeypatch.setattr(fp8_config, "get_quant_method", ours)
+    monkeypatch.undo()
     plugin_module.unregister()
-    monkeypatch.setattr(fp8_config, "get_quant_method", stock)
+    assert fp8_config.get_quant_method is stock
 
 
 def test_a_target_that_is_gone_stays_stock(fp8_config, monkeypatch, warnings):
@@ -197,3 +201,66 @@ def test_importing_the_package_does_nothing():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "['vllm_patch']"
+
+
+@pytest.fixture
+def patched_vllm(tmp_path, monkeypatch) -> Path:
+    """A copy of the vLLM under test, with the git patches; new Pythons import it."""
+    import vllm
+
+    if vllm.__version__ not in patch_series.read_all():
+        pytest.skip("this release has no git patches")
+    tree = tmp_path / "vllm-src"
+    package = Path(vllm.__path__[0])
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in (package, package.parent / "vllm.egg-info"):
+        shutil.copytree(folder, tree / folder.name, ignore=ignored)
+    assert main(["apply", str(tree)]) == 0
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(tree))
+    return tree
+
+
+REGISTER_TWICE = """
+import json, logging, sys
+from tests.vllm_on_cpu import install
+install()
+import vllm_patch.plugin
+said = []
+logger = logging.getLogger("vllm.vllm_patch")
+logger.handle = lambda record: said.append(record.getMessage())
+for _ in range(2):
+    vllm_patch.plugin.register()
+import vllm.envs
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+print(json.dumps([
+    said,
+    hasattr(Fp8Config.get_quant_method, "__wrapped__"),
+    vllm.envs.VLLM_FP8_TP_PADDING,
+    [module for module in sys.modules if "fp8_tp_padding" in module],
+]))
+"""
+FOLDER = "vllm/model_executor/layers/quantization/fp8_tp_padding"
+
+
+def test_the_plugin_stands_down_in_a_patched_vllm(patched_vllm):
+    said, wrapped, mode, modules = printed_by(REGISTER_TWICE)
+    (line,) = said
+    where = patched_vllm / FOLDER
+    assert line == (
+        f"vllm_patch stands down: this vLLM has the padding built in, in {where}. "
+        "The plugin can be uninstalled."
+    )
+    assert not wrapped
+    assert mode == "auto"
+    assert modules == []
+
+
+def test_a_folder_that_an_upgrade_left_behind_is_no_reason(patched_vllm):
+    for hooked in ("envs.py", "model_executor/layers/quantization/fp8.py"):
+        import vllm
+
+        shutil.copyfile(Path(vllm.__path__[0]) / hooked, patched_vllm / "vllm" / hooked)
+    said, wrapped, mode, _ = printed_by(REGISTER_TWICE)
+    assert said == []
+    assert wrapped
+    assert mode == "auto"

@@ -13,22 +13,33 @@ from pathlib import Path
 
 from pypi_simple import PyPISimple
 
+# The package, the metadata that vLLM reads its version from, and what patches/ touch
+# or look at. Not tests/__init__.py: it would take our tests' name.
+WANTED = (
+    "vllm/",
+    "vllm.egg-info/",
+    "tests/kernels/moe/",
+    "setup.py",
+    "pyproject.toml",
+    "PKG-INFO",
+)
+
 
 def fetch(release: str) -> Path:
     """Return the folder that holds ``vllm/`` of a release, fetched if need be."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     tree = cache / "vllm-patch" / f"vllm-{release}"
-    if tree.is_dir():
+    if (tree / WANTED[-1]).is_file():
         return tree
     tree.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tree.parent) as work:
         archive = Path(work) / "vllm.tar.gz"
         _download(release, archive)
         with tarfile.open(archive) as tar:
-            # The package, and the metadata that vLLM reads its version from.
-            wanted = (f"vllm-{release}/vllm/", f"vllm-{release}/vllm.egg-info/")
+            wanted = tuple(f"vllm-{release}/{path}" for path in WANTED)
             members = [member for member in tar if member.name.startswith(wanted)]
             tar.extractall(work, members, filter="data")
+        shutil.rmtree(tree, ignore_errors=True)
         shutil.move(Path(work) / f"vllm-{release}", tree)
     return tree
 

@@ -25,6 +25,7 @@ class Patch:
         why: What the replacement is for.
         link: Where upstream discusses it.
         until: What makes the row removable.
+
     """
 
     name: str

@@ -3,8 +3,10 @@
 
 import functools
 import importlib
+import importlib.util
 import logging
 import multiprocessing
+from pathlib import Path
 
 import wrapt
 
@@ -23,6 +25,8 @@ _active = False
 def register() -> None:
     """Patch vLLM if its release is known; otherwise warn and leave it stock.
 
+    A vLLM that has the padding in its own source is left alone, too.
+
     Each row of the table is applied when vLLM imports the row's module, so a
     process that never touches FP8 pays next to nothing. Safe to call again.
 
@@ -33,8 +37,10 @@ def register() -> None:
     global _active
     if _active:
         return
-    problem = unsupported()
-    if problem:
+    if padding := built_in():
+        _stand_down(padding)
+        return
+    if problem := unsupported():
         _stay_stock(problem)
         return
     _active = True
@@ -79,6 +85,23 @@ def unsupported() -> str | None:
     )
 
 
+def built_in() -> str | None:
+    """Return where this vLLM has the padding in its own source, or None.
+
+    A folder that an upgrade of vLLM left behind does not count: ``fp8.py`` must
+    call it. Nothing of vLLM is imported for the answer.
+    """
+    vllm = importlib.util.find_spec("vllm")
+    if vllm is None or not vllm.submodule_search_locations:
+        return None
+    package = Path(vllm.submodule_search_locations[0])
+    layers = package / "model_executor" / "layers" / "quantization"
+    folder, caller = layers / "fp8_tp_padding", layers / "fp8.py"
+    if not (folder / "moe.py").is_file() or folder.name not in caller.read_text():
+        return None
+    return f"this vLLM has the padding built in, in {folder}"
+
+
 def _on_import(patch: Patch, _module) -> None:
     if not _active:
         return
@@ -89,7 +112,17 @@ def _on_import(patch: Patch, _module) -> None:
         _stay_stock(f"{error}.")
 
 
+@functools.cache
+def _stand_down(padding: str) -> None:
+    _warn(f"vllm_patch stands down: {padding}. The plugin can be uninstalled.")
+
+
 def _stay_stock(problem: str) -> None:
-    # vLLM calls every plugin in each of its processes; the first one speaks.
+    _warn(f"vllm_patch is inactive and vLLM stays stock: {problem}")
+
+
+def _warn(message: str) -> None:
+    # vLLM calls every plugin in each of its processes; the first one speaks. There
+    # vLLM 0.32 has not set its logging up yet, and nothing below a warning shows.
     if multiprocessing.parent_process() is None:
-        logger.warning("vllm_patch is inactive and vLLM stays stock: %s", problem)
+        logger.warning(message)

@@ -47,7 +47,7 @@ def _experts_method(stock: Callable, config, layer, prefix) -> Any:
     with moe.padded_sizes(config, layer.moe_config):
         method = stock(config, layer, prefix)
     if type(method) is Fp8MoEMethod:
-        return moe.Fp8TpPaddedMoEMethod(config, layer)
+        return moe.padded_moe_method(config, layer)
     return stock(config, layer, prefix)
 
 
@@ -58,9 +58,8 @@ def _linear_method(stock: Callable, config, layer, prefix) -> Any:
     method = stock(config, layer, prefix)
     if type(method) is not Fp8LinearMethod:
         return method
-    layout = linear.padded_layout(config, layer)
-    if layout is None:
+    padded = linear.padded_linear_method(config, layer)
+    if padded is None:
         return method
-    padded = linear.Fp8TpPaddedLinearMethod(config, layout)
     padded.marlin_input_dtype = method.marlin_input_dtype
     return padded

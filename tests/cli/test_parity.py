@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.cli.test_model_config import QWEN3_MOE
+from vllm_patch import plugin
 from vllm_patch.cli import engine_process, parity
 from vllm_patch.cli.engine_process import EngineResult
 from vllm_patch.cli.main import main
@@ -286,6 +287,16 @@ def test_stock_runs_load_no_plugin_of_ours(monkeypatch):
     assert "vllm_patch" not in stock["VLLM_PLUGINS"].split(",")
     assert "VLLM_FP8_TP_PADDING" not in stock
     assert "VLLM_PLUGINS" not in engine_process.environment(patched=True)
+
+
+def test_stock_has_no_git_patches_either(monkeypatch):
+    """A patched vLLM pads without the plugin, unless it is told not to."""
+    monkeypatch.setattr(plugin, "built_in", lambda: "built in")
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "auto")
+    stock = engine_process.environment(patched=False)
+    assert stock["VLLM_FP8_TP_PADDING"] == "off"
+    patched = engine_process.environment(patched=True)
+    assert patched["VLLM_FP8_TP_PADDING"] == "auto"
 
 
 def test_other_plugins_stay(monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_patch import plugin
 from vllm_patch.cli.main import main
 
 
@@ -40,3 +41,17 @@ def test_a_target_that_is_not_vllms(monkeypatch, capsys):
     assert main(["status"]) == 1
     out = capsys.readouterr().out
     assert "was already replaced by an object of builtins.NoneType" in out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code", "says"),
+    [
+        ("VLLM_PLUGINS", "", 0, "not needed: built in, so the plugin stands down"),
+        ("VLLM_FP8_TP_PADDING", "off", 1, "no: VLLM_FP8_TP_PADDING=off."),
+    ],
+)
+def test_a_vllm_that_has_the_patches(monkeypatch, capsys, variable, value, code, says):
+    monkeypatch.setattr(plugin, "built_in", lambda: "built in")
+    monkeypatch.setenv(variable, value)
+    assert main(["status"]) == code
+    assert f"active      {says}" in capsys.readouterr().out

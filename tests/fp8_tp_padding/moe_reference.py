@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """All experts in float32, the readable way."""
 
 import torch
 
-from tests.vllm_on_cpu.experts import BLOCK, Checkpoint
+from .experts import BLOCK, Checkpoint
 
 
 def fake_quantize(x: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The kernel that moves columns, against torch's indexing."""
 
 import pytest
 import torch
 
-from tests.fp8_tp_padding.test_linear_loading import HIDDEN, build, load, matrix, run
+from .tensor_parallel import runs_kernels
+from .test_linear_loading import HIDDEN, build, load, matrix, run
+
+pytestmark = runs_kernels
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (lead, size, span) of each logical shard.
@@ -18,7 +23,7 @@ SHARDS = {
 
 
 def windows_of(shards):
-    from vllm_patch.fp8_tp_padding.window import Window
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
 
     return [Window(9 * size, size, size, lead, span) for lead, size, span in shards]
 
@@ -67,7 +72,9 @@ def padded_output(tokens, shards, dtype):
 @pytest.mark.parametrize("shards", SHARDS.values(), ids=SHARDS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_real_columns(dirty, path, shards, tokens, dtype, has_bias):
-    from vllm_patch.fp8_tp_padding.columns import RealColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        RealColumns,
+    )
 
     output = padded_output(tokens, shards, dtype)
     expected, bias = real_of(output, shards), None
@@ -80,7 +87,9 @@ def test_real_columns(dirty, path, shards, tokens, dtype, has_bias):
 
 
 def test_a_bias_of_another_dtype(path):
-    from vllm_patch.fp8_tp_padding.columns import RealColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        RealColumns,
+    )
 
     output, bias = torch.randn(3, 128).bfloat16(), torch.randn(64).float()
     y = RealColumns(windows_of([(32, 64, 128)]))(output, bias)
@@ -90,7 +99,9 @@ def test_a_bias_of_another_dtype(path):
 
 @pytest.mark.parametrize("rows", ["a view of more", "transposed", "3-D"])
 def test_real_columns_of_any_strides(dirty, path, rows):
-    from vllm_patch.fp8_tp_padding.columns import RealColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        RealColumns,
+    )
 
     shards = SHARDS["qkv"]
     output = padded_output(6, shards, torch.bfloat16)
@@ -108,7 +119,9 @@ def test_real_columns_of_any_strides(dirty, path, rows):
 @pytest.mark.parametrize("tokens", [1, 17])
 @pytest.mark.parametrize("shard", [(64, 64, 128), (96, 96, 256), (5, 301, 384)])
 def test_padded_columns(dirty, path, shard, tokens, dtype):
-    from vllm_patch.fp8_tp_padding.columns import PaddedColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        PaddedColumns,
+    )
 
     lead, size, span = shard
     # A view of a larger tensor, whose other columns must not be read.
@@ -121,7 +134,10 @@ def test_padded_columns(dirty, path, shard, tokens, dtype):
 
 
 def test_no_tokens(path):
-    from vllm_patch.fp8_tp_padding.columns import PaddedColumns, RealColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        PaddedColumns,
+        RealColumns,
+    )
 
     windows = windows_of(SHARDS["gate_up"])
     assert RealColumns(windows)(torch.empty(0, 2560)).shape == (0, 2432)
@@ -130,7 +146,10 @@ def test_no_tokens(path):
 
 def test_what_torch_compile_traces():
     """One graph, of torch's own operators."""
-    from vllm_patch.fp8_tp_padding.columns import PaddedColumns, RealColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        PaddedColumns,
+        RealColumns,
+    )
 
     shards = SHARDS["qkv"]
     real, pad = RealColumns(windows_of(shards)), PaddedColumns(*windows_of(shards[:1]))
@@ -152,9 +171,9 @@ def test_what_torch_compile_traces():
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_column_parallel_layers_launch_it_once(plugin, monkeypatch, has_bias):
+def test_column_parallel_layers_launch_it_once(monkeypatch, has_bias):
     """For the columns and the bias."""
-    from vllm_patch.fp8_tp_padding import columns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding import columns
 
     sizes = {"input_size": HIDDEN, "output_size": 640, "bias": has_bias}
     layer = build("ColumnParallelLinear", 8, 1, **sizes)
@@ -170,7 +189,7 @@ def test_column_parallel_layers_launch_it_once(plugin, monkeypatch, has_bias):
     assert total == y.shape[-1] == 80 and bias is layer.bias
 
 
-def test_marlin_leaves_the_bias_of_padded_columns_alone(plugin, monkeypatch):
+def test_marlin_leaves_the_bias_of_padded_columns_alone(monkeypatch):
     """It wants one as wide as the padded output, to permute it."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8

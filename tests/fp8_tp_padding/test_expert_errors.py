@@ -1,16 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Checkpoints that cannot be right stop the load, and the message says what to do."""
 
-import re
-
 import pytest
+import regex as re
 import torch
 
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import BLOCK, FP8, PREFIX, Checkpoint, build, load
+from . import experts
+from .experts import BLOCK, FP8, PREFIX, Checkpoint, build, load
 
 
 @pytest.fixture
-def layer(plugin):
+def layer():
     return build(1536, 8, 3)
 
 
@@ -131,7 +132,7 @@ def test_shard_of_another_parameter(layer):
         )
 
 
-def test_interleaved_gate_and_up(plugin):
+def test_interleaved_gate_and_up():
     with fails(
         f"{PREFIX}: w13_weight cannot be padded to quant blocks: activation = "
         "swigluoai interleaves gate and up rows"

@@ -1,11 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Which experts are stored without padding, and what they hold then."""
 
 import pytest
 import torch
 
-from tests.fp8_tp_padding.test_moe_loading import SPLITS
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import Checkpoint, build, load, poison
+from . import experts
+from .experts import Checkpoint, build, load, poison
+from .tensor_parallel import runs_kernels
+from .test_moe_loading import SPLITS
+
+pytestmark = runs_kernels
 
 CUT = [(total, tp) for total, tp in SPLITS if total // tp % experts.BLOCK]
 
@@ -22,7 +27,7 @@ def stored(layer, shard):
 
 
 @pytest.mark.parametrize(("total", "tp_size"), CUT)
-def test_ranks_rebuild_the_checkpoint_without_padding(plugin, total, tp_size):
+def test_ranks_rebuild_the_checkpoint_without_padding(total, tp_size):
     checkpoint = Checkpoint.random(total)
     size = total // tp_size
     for rank in range(tp_size):
@@ -48,7 +53,7 @@ def test_ranks_rebuild_the_checkpoint_without_padding(plugin, total, tp_size):
             assert torch.equal(found, blocks[..., element // experts.BLOCK])
 
 
-def test_a_wide_rank_is_padded(plugin):
+def test_a_wide_rank_is_padded():
     layer = build(1408, 2, 1)
     assert layer.quant_method.padded_because == (
         "masked kernels take up to 4 blocks a rank, not 6"
@@ -63,7 +68,7 @@ def test_a_wide_rank_is_padded(plugin):
         ("VLLM_BATCH_INVARIANT", "1", "masked kernels depend on the batch size"),
     ],
 )
-def test_variables_keep_the_padded_store(plugin, monkeypatch, variable, value, reason):
+def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
     monkeypatch.setenv(variable, value)
     layer = build(384, 2, 1)
     assert layer.quant_method.padded_because == reason
@@ -78,12 +83,12 @@ def test_variables_keep_the_padded_store(plugin, monkeypatch, variable, value, r
         ({"activation": "gelu"}, "masked kernels compute SiLU and gate, not gelu"),
     ],
 )
-def test_what_masked_kernels_do_not_compute_is_padded(plugin, kwargs, reason):
+def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
     layer = build(384, 2, 1, **kwargs)
     assert layer.quant_method.padded_because == reason
 
 
-def test_the_log_line_says_what_is_stored_and_why(plugin, monkeypatch, padding_log):
+def test_the_log_line_says_what_is_stored_and_why(monkeypatch, padding_log):
     checkpoint = Checkpoint.random(384)
     for mode in ("auto", "padded"):
         monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)

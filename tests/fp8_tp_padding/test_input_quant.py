@@ -1,10 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The kernel that pads and quantizes, against padding first and vLLM's own."""
 
 import pytest
 import torch
 
-from tests.fp8_tp_padding.test_linear_loading import build
-from tests.vllm_on_cpu.tensor_parallel import rank_of
+from .tensor_parallel import rank_of, runs_kernels
+from .test_linear_loading import build
+
+pytestmark = runs_kernels
 
 LAYOUTS = {
     "rows": {},
@@ -17,9 +21,11 @@ LAYOUTS = {
 
 def quantizers(layout: str, window):
     """Return vLLM's quantization and ours."""
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.input_quant import (
+        PaddedQuantFP8,
+    )
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
-    from vllm_patch.fp8_tp_padding.input_quant import PaddedQuantFP8
 
     with rank_of(1, 0):
         options = {"use_ue8m0": False, **LAYOUTS[layout]}
@@ -34,7 +40,7 @@ def quantizers(layout: str, window):
 # whole blocks, as column-parallel layers have.
 @pytest.mark.parametrize(("lead", "size"), [(32, 64), (96, 96), (0, 270), (0, 256)])
 def test_it_is_what_vllm_makes_of_the_padded_input(layout, tokens, lead, size):
-    from vllm_patch.fp8_tp_padding.window import Window
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
 
     span = -(-(lead + size) // 128) * 128
     stock, ours = quantizers(layout, Window(10 * size, size, size, lead, span))
@@ -68,7 +74,7 @@ def test_torch_compile_sees_vllms_own_op_where_nothing_is_padded(
     monkeypatch, size, calls
 ):
     """It fuses that one with the norm before it."""
-    from vllm_patch.fp8_tp_padding.window import Window
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
 
     stock, ours = quantizers("rows", Window(size, 0, size, 0, 256))
     seen = []
@@ -94,21 +100,21 @@ def column_parallel(hidden=256):
 
 
 @pytest.mark.parametrize("layer", [row_parallel, column_parallel])
-def test_layers_use_it(plugin, layer):
+def test_layers_use_it(layer):
     kernel = layer().quant_method.fp8_linear
     assert type(kernel.quant_fp8).__name__ == "PaddedQuantFP8"
 
 
-def test_an_input_that_ends_inside_a_group_is_left_to_vllm(plugin):
+def test_an_input_that_ends_inside_a_group_is_left_to_vllm():
     """Which refuses it."""
     kernel = column_parallel(hidden=200).quant_method.fp8_linear
     assert type(kernel.quant_fp8).__name__ == "QuantFP8"
 
 
 @pytest.mark.parametrize("obstacle", ["no CUDA", "input as it is", "own apply", "off"])
-def test_other_kernels_get_a_padded_input(plugin, monkeypatch, obstacle):
+def test_other_kernels_get_a_padded_input(monkeypatch, obstacle):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding import input_quant
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
-    from vllm_patch.fp8_tp_padding import input_quant
 
     kernel = type(row_parallel().quant_method.fp8_linear)
     if obstacle == "no CUDA":

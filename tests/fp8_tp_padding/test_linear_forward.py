@@ -1,10 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """What padded linear layers compute, on the real vLLM classes."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.fp8_tp_padding.test_linear_loading import (
+from .experts import dequantize, poison
+from .tensor_parallel import rank_of, runs_kernels
+from .test_linear_loading import (
     HIDDEN,
     build,
     linear_reference,
@@ -15,8 +19,8 @@ from tests.fp8_tp_padding.test_linear_loading import (
     relative_error,
     run,
 )
-from tests.vllm_on_cpu.experts import dequantize, poison
-from tests.vllm_on_cpu.tensor_parallel import rank_of
+
+pytestmark = runs_kernels
 
 TP = 8
 # Per rank: half a block; more than half, so that ranks straddle; two blocks and a
@@ -30,7 +34,7 @@ def rows_of(total: int, rank: int) -> slice:
 
 @pytest.mark.parametrize("rank", range(TP))
 @pytest.mark.parametrize("total", SIZES)
-def test_column_parallel(plugin, total, rank):
+def test_column_parallel(total, rank):
     weight, scale = matrix(total, HIDDEN, seed=0)
     sizes = {"input_size": HIDDEN, "output_size": total}
     layer = build("ColumnParallelLinear", TP, rank, torch.float32, **sizes)
@@ -48,7 +52,7 @@ def test_column_parallel(plugin, total, rank):
 
 @pytest.mark.parametrize("rank", range(TP))
 @pytest.mark.parametrize("total", SIZES)
-def test_merged_column_parallel(plugin, total, rank):
+def test_merged_column_parallel(total, rank):
     """Unequal shards, of which one is aligned."""
     totals = [total, 1024, 2 * total]
     tensors = {i: matrix(size, HIDDEN, seed=i) for i, size in enumerate(totals)}
@@ -69,7 +73,7 @@ def test_merged_column_parallel(plugin, total, rank):
 
 
 @pytest.mark.parametrize("total", SIZES)
-def test_row_parallel_sums_to_the_whole(plugin, total):
+def test_row_parallel_sums_to_the_whole(total):
     """Each rank adds what its columns are worth, and the bias comes once."""
     weight, scale = matrix(HIDDEN, total, seed=0)
     bias = torch.arange(float(HIDDEN))
@@ -100,7 +104,7 @@ def padded(weight, scale):
 
 
 @pytest.mark.parametrize("rank", [3, 0])
-def test_a_layer_without_tensor_parallelism_that_ends_inside_a_block(plugin, rank):
+def test_a_layer_without_tensor_parallelism_that_ends_inside_a_block(rank):
     """Every rank holds all of it; what comes after a partial shard is moved."""
     tensors = {0: matrix(192, HIDDEN, 0), 1: matrix(320, HIDDEN, 1)}
     layer = merged(TP, rank, [192, 320], dtype=torch.float32, disable_tp=True)
@@ -114,7 +118,7 @@ def test_a_layer_without_tensor_parallelism_that_ends_inside_a_block(plugin, ran
 
 @pytest.mark.parametrize("rank", [5, 4])
 @pytest.mark.parametrize("kind", ["RowParallelLinear", "ColumnParallelLinear"])
-def test_scales_that_are_powers_of_two(plugin, monkeypatch, kind, rank):
+def test_scales_that_are_powers_of_two(monkeypatch, kind, rank):
     """As DeepSeek-V4 stores them: float8_e8m0fnu."""
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
@@ -153,64 +157,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-ALIGNED = [
-    ("ColumnParallelLinear", {"input_size": HIDDEN, "output_size": 1024}),
-    ("RowParallelLinear", {"input_size": 1024, "output_size": HIDDEN}),
-    (
-        "MergedColumnParallelLinear",
-        {"input_size": HIDDEN, "output_sizes": [1024, 2048]},
-    ),
-    (
-        "QKVParallelLinear",
-        {
-            "hidden_size": HIDDEN,
-            "head_size": 128,
-            "total_num_heads": 8,
-            "total_num_kv_heads": 2,
-        },
-    ),
-]
-
-
-@pytest.mark.parametrize(("kind", "kwargs"), ALIGNED, ids=[kind for kind, _ in ALIGNED])
-def test_aligned_layers_are_untouched(plugin, kind, kwargs):
-    """Same class, same bytes, and the same operators in a forward pass."""
-    plugin.register()
-    layer = aligned(kind, kwargs)
-    plugin.unregister()
-    stock = aligned(kind, kwargs)
-    assert method_name(layer) == method_name(stock) == "Fp8LinearMethod"
-    x = torch.randn(3, layer.input_size_per_partition, dtype=torch.bfloat16)
-    seen, results = [], []
-    for each in (layer, stock):
-        with Operators() as operators:
-            results.append(run(each, x, TP, 3))
-        seen.append(operators.names)
-    assert seen[0] == seen[1] and len(seen[0]) > 3
-    assert torch.equal(*results)
-    for (name, param), other in zip(
-        layer.named_parameters(), stock.parameters(), strict=True
-    ):
-        assert torch.equal(param.view(torch.uint8), other.view(torch.uint8)), name
-
-
-def aligned(kind: str, kwargs: dict):
-    layer = build(kind, TP, 3, bias=False, **kwargs)
-    poison(layer)
-    hidden = HIDDEN
-    if kind == "QKVParallelLinear":
-        ids = {"q": 1024, "k": 256, "v": 256}
-    elif kind == "MergedColumnParallelLinear":
-        ids = dict(enumerate(kwargs["output_sizes"]))
-    elif kind == "RowParallelLinear":
-        hidden, ids = kwargs["input_size"], {None: HIDDEN}
-    else:
-        ids = {None: kwargs["output_size"]}
-    load(layer, {i: matrix(rows, hidden, seed=7) for i, rows in ids.items()})
-    return layer
-
-
-def test_row_parallel_padding_adds_no_operator(plugin):
+def test_row_parallel_padding_adds_no_operator():
     """The quantization of the input does it."""
     names = []
     for total in (640, 1024):

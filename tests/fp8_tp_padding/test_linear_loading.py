@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Linear layers on the real vLLM classes: what the padded parameters hold."""
 
 import pytest
 import torch
 
-from tests.vllm_on_cpu.experts import BLOCK, FP8, dequantize, poison
-from tests.vllm_on_cpu.tensor_parallel import rank_of
+from .experts import BLOCK, FP8, dequantize, poison
+from .tensor_parallel import rank_of, runs_kernels
 
 HIDDEN = 256
 
@@ -55,7 +57,7 @@ def load(layer, tensors):
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
 @pytest.mark.parametrize("total", [512, 640, 1216 * 8, 10944])
-def test_row_parallel_ranks_rebuild(plugin, total, tp_size):
+def test_row_parallel_ranks_rebuild(total, tp_size):
     weight, scale = matrix(HIDDEN, total, seed=0)
     whole = dequantize(weight, scale)
     size = total // tp_size
@@ -83,7 +85,7 @@ def test_row_parallel_ranks_rebuild(plugin, total, tp_size):
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
 @pytest.mark.parametrize("total", [512, 640, 1216 * 8, 10944])
-def test_merged_column_ranks_rebuild(plugin, total, tp_size):
+def test_merged_column_ranks_rebuild(total, tp_size):
     tensors = {i: matrix(total, HIDDEN, seed=i) for i in range(2)}
     size = total // tp_size
     rebuilt = [torch.empty(total, HIDDEN) for _ in tensors]
@@ -116,8 +118,9 @@ def fake_quantize(x):
     return (x / scale).to(FP8).float() * scale
 
 
+@runs_kernels
 @pytest.mark.parametrize("rank", range(8))
-def test_qkv_with_replicated_heads(plugin, rank):
+def test_qkv_with_replicated_heads(rank):
     """Heads of 64, two KV heads on eight ranks: every slice straddles or is small."""
     heads, kv_heads, head, hidden = 24, 2, 64, 256
     tensors = {
@@ -181,7 +184,8 @@ def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm()).item()
 
 
-def test_small_shards_keep_their_scales_where_stock_overwrites_them(plugin):
+@runs_kernels
+def test_small_shards_keep_their_scales_where_stock_overwrites_them(monkeypatch):
     """Three shards of 64 share two scale rows in stock: the last load wins.
 
     With a fourth, stock stops: its row 2 does not exist.
@@ -190,8 +194,8 @@ def test_small_shards_keep_their_scales_where_stock_overwrites_them(plugin):
     x = torch.randn(3, HIDDEN, dtype=torch.float32)
     expected = torch.cat([linear_reference(x, *t) for t in tensors.values()], -1)
     errors = {}
-    for name, setting in (("ours", plugin.register), ("stock", plugin.unregister)):
-        setting()
+    for name, setting in (("ours", "auto"), ("stock", "off")):
+        monkeypatch.setenv("VLLM_FP8_TP_PADDING", setting)
         layer = merged(1, 0, [64] * 3, dtype=torch.float32)
         load(layer, tensors)
         errors[name] = relative_error(run(layer, x), expected)
@@ -200,7 +204,7 @@ def test_small_shards_keep_their_scales_where_stock_overwrites_them(plugin):
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_fused_tensors_are_taken_apart(plugin, rank):
+def test_fused_tensors_are_taken_apart(rank):
     tensors = {i: matrix(256, HIDDEN, seed=i) for i in range(3)}
     separate, fused, partly = (merged(4, rank, [256] * 3) for _ in range(3))
     weight, scale = (torch.cat([t[i] for t in tensors.values()]) for i in range(2))
@@ -214,8 +218,9 @@ def test_fused_tensors_are_taken_apart(plugin, rank):
             )
 
 
+@runs_kernels
 @pytest.mark.parametrize("rank", range(4))
-def test_fused_shards_inside_one_block_share_its_scale(plugin, rank):
+def test_fused_shards_inside_one_block_share_its_scale(rank):
     weight, scale = matrix(192, HIDDEN, seed=0)
     layer = merged(4, rank, [128, 32, 32], dtype=torch.float32)
     poison(layer)
@@ -230,7 +235,7 @@ def test_fused_shards_inside_one_block_share_its_scale(plugin, rank):
     assert relative_error(run(layer, x, 4, rank), expected) < 1e-5
 
 
-def test_scales_of_shards_that_were_fused_after_quantization_are_refused(plugin):
+def test_scales_of_shards_that_were_fused_after_quantization_are_refused():
     """Two of [32, 32] would be one row each; fused before, they share one."""
     layer = merged(2, 0, [32, 32])
     with pytest.raises(
@@ -239,7 +244,7 @@ def test_scales_of_shards_that_were_fused_after_quantization_are_refused(plugin)
         layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, torch.ones(2, 2))
 
 
-def test_a_fused_tensor_with_shards_inside_a_block_is_refused(plugin):
+def test_a_fused_tensor_with_shards_inside_a_block_is_refused():
     layer = merged(2, 0, [192, 192])
     scale = torch.ones(3, 2)
     with pytest.raises(ValueError, match="logical shard 1 starts at row 192, inside"):
@@ -259,13 +264,14 @@ def test_a_fused_tensor_with_shards_inside_a_block_is_refused(plugin):
         ("RowParallelLinear", {"input_size": 1024, "output_size": 256}),
     ],
 )
-def test_other_layers_are_stock(plugin, kind, kwargs):
+def test_other_layers_are_stock(kind, kwargs):
     layer = build(kind, 8, 3, bias=False, **kwargs)
     assert method_name(layer) == "Fp8LinearMethod"
 
 
+@runs_kernels
 @pytest.mark.parametrize("rank", range(8))
-def test_row_parallel_forward(plugin, rank):
+def test_row_parallel_forward(rank):
     weight, scale = matrix(HIDDEN, 640, seed=0)
     layer = build(
         "RowParallelLinear",
@@ -286,7 +292,7 @@ def test_row_parallel_forward(plugin, rank):
     assert relative_error(y, linear_reference(whole, weight, scale)) < 1e-5
 
 
-def test_vllm_sees_no_padding(plugin):
+def test_vllm_sees_no_padding():
     layer = merged(8, 1, [512, 512])
     assert layer.logical_widths == [64, 64]
     assert layer.output_size_per_partition == 128
@@ -294,7 +300,8 @@ def test_vllm_sees_no_padding(plugin):
     assert list(dict(layer.named_parameters())) == ["weight", "weight_scale_inv"]
 
 
-def test_raw_weights_are_read_without_padding(plugin):
+@runs_kernels
+def test_raw_weights_are_read_without_padding():
     """MLA reads kv_b_proj's weight: 2 heads of 192 + 128 on each rank."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import (
         get_and_maybe_dequant_weights,
@@ -327,13 +334,13 @@ def test_raw_weights_are_read_without_padding(plugin):
         (lambda w, s: (w, s[:1]), r"weight_scale_inv has shape \(1, 2\)"),
     ],
 )
-def test_tensors_that_cannot_be_right(plugin, change, message):
+def test_tensors_that_cannot_be_right(change, message):
     layer = merged(8, 3, [512, 512])
     with pytest.raises(ValueError, match=message):
         load(layer, {0: change(*matrix(512, HIDDEN, seed=0))})
 
 
-def test_scale_that_is_no_scale(plugin):
+def test_scale_that_is_no_scale():
     layer = merged(8, 3, [512, 512])
     weight, scale = matrix(512, HIDDEN, seed=0)
     bad = scale.clone()
@@ -345,7 +352,7 @@ def test_scale_that_is_no_scale(plugin):
         run(layer, torch.zeros(1, HIDDEN), 8, 3)
 
 
-def test_missing_scale(plugin):
+def test_missing_scale():
     layer = merged(8, 3, [512, 512])
     weight, scale = matrix(512, HIDDEN, seed=0)
     load(layer, {0: (weight, scale)})
@@ -354,7 +361,8 @@ def test_missing_scale(plugin):
         run(layer, torch.zeros(1, HIDDEN), 8, 3)
 
 
-def test_vllm_reloads_layer_by_layer(plugin):
+@runs_kernels
+def test_vllm_reloads_layer_by_layer():
     from vllm.model_executor.model_loader import reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -377,16 +385,7 @@ def test_vllm_reloads_layer_by_layer(plugin):
         assert torch.equal(param.view(torch.uint8), expected.view(torch.uint8)), name
 
 
-def test_off_is_stock(plugin, monkeypatch):
+def test_off_is_stock(monkeypatch):
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
     with pytest.raises(ValueError, match="input_size_per_partition = 64 is not div"):
         build("RowParallelLinear", 8, 0, input_size=512, output_size=256, bias=False)
-
-
-def test_one_line_says_what_was_padded(plugin, padding_log):
-    layers = [merged(8, 0, [512, 512]) for _ in range(2)]
-    for layer in layers:
-        load(layer, {i: matrix(512, HIDDEN, seed=i) for i in (0, 1)})
-        run(layer, torch.zeros(1, HIDDEN).bfloat16(), 8, 0)
-    (line,) = padding_log()
-    assert "2 layer layers, 512 / TP 8 = 64 padded to 128; 0.1 MiB" in line.getMessage()

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Any sizes, any ranks: what a rank computes, against a brute-force oracle."""
 
 import torch
@@ -25,7 +27,9 @@ def dequantize_one_by_one(weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
 
 def load(layout, weights, scales):
     """Load all shards through the loaders; return the dequantized buffer."""
-    from vllm_patch.fp8_tp_padding.linear_loader import LinearParameter
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear_loader import (
+        LinearParameter,
+    )
 
     buffers = []
     for kind, outputs, inputs, tensors in (
@@ -42,7 +46,9 @@ def load(layout, weights, scales):
 
 
 def run(layout, x, buffer):
-    from vllm_patch.fp8_tp_padding.columns import RealColumns
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
+        RealColumns,
+    )
 
     return RealColumns(layout.output_windows())(x @ buffer.T)
 
@@ -58,7 +64,10 @@ def column_layers(draw):
 @given(column_layers())
 def test_column_parallel(case):
     """Odd shards are shared by ``replicas`` ranks, as KV heads are."""
-    from vllm_patch.fp8_tp_padding.linear_layout import Dimension, LinearLayout
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear_layout import (
+        Dimension,
+        LinearLayout,
+    )
 
     tp_size, replicas, shards, columns, seed = case
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +99,10 @@ def test_column_parallel(case):
     st.integers(0, 99),
 )
 def test_row_parallel(tp_size, size, rows, seed):
-    from vllm_patch.fp8_tp_padding.linear_layout import Dimension, LinearLayout
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear_layout import (
+        Dimension,
+        LinearLayout,
+    )
 
     generator = torch.Generator().manual_seed(seed)
     weight, scale = blocks_of(rows, size * tp_size, generator)

@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The masked kernels, through Triton's interpreter, on real compact layers."""
 
 import dataclasses
@@ -5,16 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from tests.fp8_tp_padding.moe_reference import reference, relative_error
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import Checkpoint, build, load
+from . import experts
+from .experts import Checkpoint, build, load
+from .moe_reference import reference, relative_error
+from .tensor_parallel import runs_kernels
+
+pytestmark = runs_kernels
 
 EXPERTS, TOP_K, HIDDEN = 4, 2, 256
 
 
 def paths():
     """Every path through the kernels, with tiles that cut spans differently."""
-    from vllm_patch.fp8_tp_padding.tiles import Tile, Tiles
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.tiles import Tile, Tiles
 
     return {
         "pairs": Tiles(False, 16, Tile(16, 4, 3, unroll=2), Tile(32, 4, 3)),
@@ -61,7 +66,7 @@ def compact_layer(total, tp_size, rank, checkpoint):
 
 
 def run(layer, tiles, x, weights, ids, expert_map=None, num_ids=EXPERTS, shard=None):
-    from vllm_patch.fp8_tp_padding import masked_moe
+    from vllm.model_executor.layers.quantization.fp8_tp_padding import masked_moe
 
     shard = shard or layer.quant_method.block_shard
     problem = masked_moe.Problem(
@@ -95,7 +100,7 @@ def run(layer, tiles, x, weights, ids, expert_map=None, num_ids=EXPERTS, shard=N
         (512, 8, 1),  # 64 columns, the second half of a block
     ],
 )
-def test_a_straddling_rank_matches_the_reference(plugin, total, tp_size, rank, path):
+def test_a_straddling_rank_matches_the_reference(total, tp_size, rank, path):
     checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(total, tp_size, rank, checkpoint)
     inputs = tokens(5)
@@ -105,7 +110,7 @@ def test_a_straddling_rank_matches_the_reference(plugin, total, tp_size, rank, p
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_wrong_lead_shows(plugin, path):
+def test_a_wrong_lead_shows(path):
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(2)
@@ -117,7 +122,7 @@ def test_a_wrong_lead_shows(plugin, path):
 
 @pytest.mark.parametrize("path", ["pairs", "sorted"])
 @pytest.mark.parametrize(("count", "skewed"), [(1, False), (2, False), (17, True)])
-def test_batches(plugin, path, count, skewed):
+def test_batches(path, count, skewed):
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(count, skewed)
@@ -127,7 +132,7 @@ def test_batches(plugin, path, count, skewed):
 
 
 @pytest.mark.parametrize("path", ["pairs", "sorted, swapped"])
-def test_remote_experts_and_padding_tokens_add_nothing(plugin, path):
+def test_remote_experts_and_padding_tokens_add_nothing(path):
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
     x, weights, local = tokens(5)
@@ -144,8 +149,10 @@ def test_remote_experts_and_padding_tokens_add_nothing(plugin, path):
     assert not out[4].any()
 
 
-def test_sorting_many_pairs_in_chunks(plugin, monkeypatch):
-    from vllm_patch.fp8_tp_padding.masked_moe import Problem
+def test_sorting_many_pairs_in_chunks(monkeypatch):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.masked_moe import (
+        Problem,
+    )
 
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)

@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import Checkpoint, build, load
 from vllm_patch import block_shard
+
+from . import experts
+from .experts import Checkpoint, build, load
 
 BACKENDS = (
     "auto",
@@ -94,9 +95,9 @@ def test_experts_that_are_not_quantized_stay_so(plugin, monkeypatch):
     assert layer.moe_config.intermediate_size_per_partition_unpadded == 192
 
 
-def test_off_is_stock(plugin, stock_class, monkeypatch, vllm_version):
+def test_off_is_stock(plugin, stock_class, monkeypatch):
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
-    if vllm_version < (0, 29):
+    if experts.vllm_version() < (0, 29):
         with pytest.raises(ValueError, match="192 is not divisible by"):
             build(1536, 8, 3)
         return

@@ -1,11 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Sharded experts compute what the unsharded ones do."""
 
 import pytest
 import torch
 
-from tests.fp8_tp_padding.moe_reference import reference, relative_error
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import Checkpoint, build, load
+from . import experts
+from .experts import Checkpoint, build, load
+from .moe_reference import reference, relative_error
+from .tensor_parallel import runs_kernels
+
+pytestmark = runs_kernels
 
 TOKENS, EXPERTS, TOP_K, HIDDEN = 5, 3, 2, 256
 
@@ -33,7 +38,7 @@ def padded_store(monkeypatch):
         (512, 8),  # 64 columns: less than a block
     ],
 )
-def test_ranks_sum_to_the_reference(plugin, padded_store, total, tp_size):
+def test_ranks_sum_to_the_reference(padded_store, total, tp_size):
     checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     summed = sum_of_ranks(checkpoint, total, tp_size, inputs)
@@ -41,7 +46,7 @@ def test_ranks_sum_to_the_reference(plugin, padded_store, total, tp_size):
     assert relative_error(summed, expected) < 1e-5
 
 
-def test_ranks_sum_to_the_reference_with_biases(plugin, padded_store):
+def test_ranks_sum_to_the_reference_with_biases(padded_store):
     checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
     generator = torch.Generator().manual_seed(3)
     biases = {
@@ -101,7 +106,7 @@ def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
 
 
 @pytest.mark.parametrize("mode", ["auto", "padded"])
-def test_the_layers_own_path_is_as_exact_as_an_aligned_one(plugin, monkeypatch, mode):
+def test_the_layers_own_path_is_as_exact_as_an_aligned_one(monkeypatch, mode):
     """bfloat16 rounds between the GEMMs, so stock at TP 4 says how much."""
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
     checkpoint = Checkpoint.random(1536, experts=EXPERTS, hidden=HIDDEN)

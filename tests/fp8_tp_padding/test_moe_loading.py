@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Experts on the real vLLM classes: what the padded parameters hold."""
 
 import dataclasses
@@ -5,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from tests.vllm_on_cpu import experts
-from tests.vllm_on_cpu.experts import Checkpoint, build, load, padded, poison
-from vllm_patch import block_shard
+from vllm.model_executor.layers.quantization.fp8_tp_padding.shard import block_shard
+
+from . import experts
+from .experts import Checkpoint, build, load, padded, poison, vllm_version
 
 TOTALS = (
     384,  # smallest that cuts a block at TP 2
@@ -59,14 +62,14 @@ def check_that_ranks_rebuild(checkpoint: Checkpoint, total: int, tp_size: int) -
 
 
 @pytest.mark.parametrize(("total", "tp_size"), SPLITS)
-def test_ranks_rebuild_the_checkpoint_exactly(plugin, total, tp_size):
+def test_ranks_rebuild_the_checkpoint_exactly(total, tp_size):
     check_that_ranks_rebuild(Checkpoint.random(total), total, tp_size)
 
 
 @pytest.mark.parametrize(("total", "tp_size"), [(1536, 8), (640, 8), (1408, 8)])
-def test_the_check_sees_padding_at_the_tail_only(plugin, monkeypatch, total, tp_size):
+def test_the_check_sees_padding_at_the_tail_only(monkeypatch, total, tp_size):
     """What everyone tries first; wrong for each rank that starts inside a block."""
-    from vllm_patch.fp8_tp_padding import moe
+    from vllm.model_executor.layers.quantization.fp8_tp_padding import moe
 
     def tail_only(*args):
         return dataclasses.replace(block_shard(*args), lead=0)
@@ -76,8 +79,10 @@ def test_the_check_sees_padding_at_the_tail_only(plugin, monkeypatch, total, tp_
         check_that_ranks_rebuild(Checkpoint.random(total), total, tp_size)
 
 
-def test_the_check_sees_padding_left_uninitialised(plugin, monkeypatch):
-    from vllm_patch.fp8_tp_padding.expert_loader import ExpertParameter
+def test_the_check_sees_padding_left_uninitialised(monkeypatch):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.expert_loader import (
+        ExpertParameter,
+    )
 
     def load_real_part_only(self, expert_data, shard_id, tensor):
         window = self.window
@@ -109,9 +114,7 @@ LEADING = [(1536, 8, 1), (1408, 8, 5)]
 
 
 @pytest.mark.parametrize(("total", "tp_size", "rank"), LEADING)
-def test_a_reload_over_dirty_parameters_gives_the_same_bytes(
-    plugin, total, tp_size, rank
-):
+def test_a_reload_over_dirty_parameters_gives_the_same_bytes(total, tp_size, rank):
     checkpoint = Checkpoint.random(total)
     layer = build(total, tp_size, rank)
     load(layer, checkpoint)
@@ -123,7 +126,7 @@ def test_a_reload_over_dirty_parameters_gives_the_same_bytes(
     assert same(stored(layer), first)
 
 
-def test_vllm_reloads_layer_by_layer(plugin):
+def test_vllm_reloads_layer_by_layer():
     """The way of reinforcement learning: vLLM counts elements to know the end."""
     from vllm.model_executor.model_loader import reload
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -150,7 +153,7 @@ def test_vllm_reloads_layer_by_layer(plugin):
 
 
 @pytest.mark.parametrize(("total", "tp_size", "rank"), LEADING)
-def test_fused_tensors_load_like_single_experts(plugin, total, tp_size, rank):
+def test_fused_tensors_load_like_single_experts(total, tp_size, rank):
     checkpoint = Checkpoint.random(total, experts=3)
     single, fused = (build(total, tp_size, rank, experts=3) for _ in range(2))
     poison(fused)
@@ -160,8 +163,8 @@ def test_fused_tensors_load_like_single_experts(plugin, total, tp_size, rank):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_checkpoint_names_reach_the_padded_loaders(plugin, fused, vllm_version):
-    if fused and vllm_version < (0, 28):
+def test_checkpoint_names_reach_the_padded_loaders(fused):
+    if fused and vllm_version() < (0, 28):
         pytest.skip("this release turns fused block scales on their side")
     checkpoint = Checkpoint.random(1536)
     expected, layer = (build(1536, 8, 3) for _ in range(2))
@@ -190,8 +193,8 @@ def test_checkpoint_names_reach_the_padded_loaders(plugin, fused, vllm_version):
     assert same(stored(layer), stored(expected))
 
 
-def test_experts_without_a_gate(plugin, vllm_version):
-    if vllm_version < (0, 28):
+def test_experts_without_a_gate():
+    if vllm_version() < (0, 28):
         pytest.skip("this release has no block-FP8 experts without a gate")
     checkpoint = Checkpoint.random(1536, gated=False)
     layer = build(
@@ -200,7 +203,7 @@ def test_experts_without_a_gate(plugin, vllm_version):
         5,
         activation="relu2_no_mul",
         ckpt_names=("up_proj", "down_proj", None)
-        if vllm_version >= (0, 32)
+        if vllm_version() >= (0, 32)
         else ("up_proj", "down_proj", ""),
     )
     assert method_name(layer) == "Fp8TpPaddedMoEMethod"
@@ -212,7 +215,7 @@ def test_experts_without_a_gate(plugin, vllm_version):
     assert torch.equal(mine, checkpoint.dequantized("w1")[:, 960:1152])
 
 
-def test_expert_biases_are_padded_with_zeros(plugin):
+def test_expert_biases_are_padded_with_zeros():
     layer = build(1536, 8, 3, has_bias=True)
     poison(layer)
     bias = torch.arange(1, 1537, dtype=torch.bfloat16)
@@ -223,7 +226,7 @@ def test_expert_biases_are_padded_with_zeros(plugin):
         assert not slot[:64].any()
 
 
-def test_the_bias_of_down_counts_once_over_all_ranks(plugin):
+def test_the_bias_of_down_counts_once_over_all_ranks():
     bias = torch.randn(256).bfloat16()
     for rank in range(8):
         layer = build(1536, 8, rank, has_bias=True)
@@ -233,13 +236,13 @@ def test_the_bias_of_down_counts_once_over_all_ranks(plugin):
         assert torch.equal(layer.w2_bias[1], expected)
 
 
-def test_biases_may_be_missing(plugin):
+def test_biases_may_be_missing():
     layer = build(1536, 8, 3, has_bias=True)
     load(layer, Checkpoint.random(1536))
     experts.process(layer, 8, 3)
 
 
-def test_ranks_are_flattened_over_data_parallelism(plugin):
+def test_ranks_are_flattened_over_data_parallelism():
     """TP 4 x DP 2 splits experts in eight; rank 1 of the second engine is rank 5."""
     checkpoint = Checkpoint.random(1536)
     layer, expected = build(1536, 4, 1, dp=(2, 1)), build(1536, 8, 5)
@@ -249,16 +252,16 @@ def test_ranks_are_flattened_over_data_parallelism(plugin):
     assert same(stored(layer), stored(expected))
 
 
-def test_dummy_weights_need_no_checkpoint(plugin):
+def test_dummy_weights_need_no_checkpoint():
     layer = build(1536, 8, 1)
     for param in layer.parameters():
         param.data.view(torch.uint8).fill_(1)
     experts.process(layer, 8, 1)
 
 
-def test_sparse_updates_keep_what_is_nan(plugin, vllm_version):
-    """vLLM 0.29+: an update has NaN for values that stay, in weights and scales."""
-    if vllm_version < (0, 29):
+def test_sparse_updates_keep_what_is_nan():
+    """VLLM 0.29+: an update has NaN for values that stay, in weights and scales."""
+    if vllm_version() < (0, 29):
         pytest.skip("this release has no sparse weight updates")
     from vllm.model_executor.model_loader import checkpoint_weight_patch as sparse
 

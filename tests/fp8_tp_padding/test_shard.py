@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The geometry, against an oracle that looks at one element at a time."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_patch import block_shard
+from vllm.model_executor.layers.quantization.fp8_tp_padding.shard import block_shard
 
 
 @st.composite
@@ -15,6 +17,7 @@ def ranks(draw):
     return total, block, draw(st.integers(0, tp_size - 1)), tp_size
 
 
+@settings(deadline=None)
 @given(ranks())
 def test_every_element_keeps_its_block_and_its_place_in_it(rank):
     total, block, tp_rank, tp_size = rank
@@ -31,6 +34,7 @@ def test_every_element_keeps_its_block_and_its_place_in_it(rank):
     assert shard.span == shard.num_blocks * block
 
 
+@settings(deadline=None)
 @given(ranks())
 def test_no_block_is_wasted(rank):
     shard = block_shard(*rank)

@@ -22,6 +22,7 @@ class Difference:
         max: Largest absolute difference, nats.
         top1: Share of positions with the same most likely token, 0 to 1.
         positions: Positions compared.
+
     """
 
     mean: float

@@ -43,6 +43,7 @@ class EngineProcess:
         label: What the table calls it.
         engine: Arguments for ``vllm.LLM``.
         patched: Whether this package's plugin is loaded.
+
     """
 
     label: str
@@ -60,6 +61,7 @@ class EngineResult:
         padding: The plugin's log line, or None if it padded nothing.
         seconds: Wall time of the process.
         log: File with all the process printed.
+
     """
 
     scores: dict[str, Any] | None
@@ -107,11 +109,13 @@ def run(
 
 
 def environment(patched: bool) -> dict[str, str]:
-    """Return the child's environment; without the plugin vLLM is truly stock."""
+    """Return the child's environment; stock means neither plugin nor patches."""
     env = {**ENVIRONMENT, **os.environ}
     if not patched:
         env["VLLM_PLUGINS"] = ",".join(_other_plugins())
         env.pop("VLLM_FP8_TP_PADDING", None)
+        if plugin.built_in():
+            env["VLLM_FP8_TP_PADDING"] = "off"
         return env
     if "VLLM_PLUGINS" in env:
         env["VLLM_PLUGINS"] = ",".join([*_other_plugins(), plugin.NAME])

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from vllm_patch import __version__
-from vllm_patch.cli import parity, status
+from vllm_patch.cli import apply, parity, status
 from vllm_patch.cli.errors import UsageError
 
 
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (parity, status):
+    for module in (parity, status, apply):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     # As Ctrl-C does: what runs is ended, what is temporary is removed.

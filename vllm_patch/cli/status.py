@@ -19,14 +19,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(_args: argparse.Namespace) -> int:
-    """Print versions and the patch table; return 0 if vLLM will be patched."""
+    """Print versions and the patch table; return 0 if vLLM will pad layers."""
     problem = _problem()
+    active = f"no: {problem}" if problem else "yes, in every vLLM process"
+    if not problem and (padding := plugin.built_in()):
+        active = f"not needed: {padding}, so the plugin stands down"
     rows = [
         ("vllm-patch", __version__),
         ("vLLM", _vllm_version()),
         ("supported", f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"),
         ("Python", platform.python_version()),
-        ("active", f"no: {problem}" if problem else "yes, in every vLLM process"),
+        ("active", active),
     ]
     for name, value in rows:
         print(f"{name:<12}{value}")
@@ -39,17 +42,20 @@ def run(_args: argparse.Namespace) -> int:
 
 
 def _problem() -> str | None:
-    """Return why vLLM would not be patched if it started here and now."""
-    if problem := plugin.unsupported():
+    """Return why vLLM would not pad layers if it started here and now."""
+    padded = plugin.built_in()
+    if not padded and (problem := plugin.unsupported()):
         return problem
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and plugin.NAME not in allowed.split(","):
+    if not padded and allowed is not None and plugin.NAME not in allowed.split(","):
         return f"VLLM_PLUGINS={allowed!r} does not list {plugin.NAME}."
     mode = os.environ.get(VARIABLE, MODES[0])
     if mode != MODES[0]:
         return f"{VARIABLE}={mode}" + (
             "." if mode in MODES else f", and vLLM would stop: give one of {MODES}."
         )
+    if padded:
+        return None
     try:
         for patch in PATCHES:
             patch_table.check(patch)

@@ -23,6 +23,7 @@ class PaddedSize:
         tp_size: Ranks that share it.
         padded_because: Why weights are padded, where they need not always be; None
             if they are stored as they are.
+
     """
 
     layer_kind: str

@@ -41,6 +41,7 @@ class ExpertParameter:
         dim: Its sharded dimension.
         window: The rank's part of that dimension.
         slots: Shard id -> index of its slot of ``window.span`` in ``dim``.
+
     """
 
     name: str

@@ -28,6 +28,14 @@ def padded_layout(
     return None if envs.VLLM_FP8_TP_PADDING == "off" else layout
 
 
+def padded_linear_method(
+    quant_config: Fp8Config, layer: torch.nn.Module
+) -> "Fp8TpPaddedLinearMethod | None":
+    """Return the method for a layer that is cut inside a quant block, else None."""
+    layout = padded_layout(quant_config, layer)
+    return None if layout is None else Fp8TpPaddedLinearMethod(quant_config, layout)
+
+
 @register_weight_loader_v2_supported_method
 class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
     """``Fp8LinearMethod`` whose rank holds whole blocks of the checkpoint's grid.

@@ -27,6 +27,7 @@ class Dimension:
             same part.
         tp_size: Number of parts.
         block: Elements of one quant block.
+
     """
 
     total: int
@@ -64,6 +65,7 @@ class LinearLayout:
         outputs: Output dimension of each logical shard (q, k, v; gate, up; ...).
         input: The input dimension.
         pads_input: Row parallel: the input is cut, and outputs are whole.
+
     """
 
     outputs: tuple[Dimension, ...]

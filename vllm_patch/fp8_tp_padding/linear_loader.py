@@ -33,6 +33,7 @@ class LinearParameter:
         input: Part of the input dimension.
         totals: Output elements of each logical shard in the checkpoint.
         unit: Elements of the output dimension that one row stands for.
+
     """
 
     name: str

@@ -39,6 +39,7 @@ class Problem:
         shard: The rank's intermediate columns.
         dtype: Of the activations.
         tiles: Tile sizes for this number of tokens.
+
     """
 
     num_tokens: int
@@ -118,6 +119,7 @@ class Weights:
         w2: ``[experts, hidden, size]`` float8_e4m3fn.
         w13_scale: ``[experts, 2 * num_blocks, hidden / 128]`` float32.
         w2_scale: ``[experts, hidden / 128, num_blocks]`` float32.
+
     """
 
     w13: torch.Tensor
@@ -135,6 +137,7 @@ class Routing:
         ids: ``[num_tokens, top_k]`` integers; -1 for padding tokens.
         expert_map: ``[num_ids]`` int32 local experts, -1 for remote ones; or None.
         mul_weight: Whether to weight the experts' outputs.
+
     """
 
     weights: torch.Tensor

@@ -58,6 +58,15 @@ def needs_padding(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
     return False
 
 
+def padded_moe_method(
+    quant_config: Fp8Config, layer: RoutedExperts
+) -> "Fp8TpPaddedMoEMethod | None":
+    """Return the method for experts that are cut inside a quant block, else None."""
+    if not needs_padding(quant_config, layer):
+        return None
+    return Fp8TpPaddedMoEMethod(quant_config, layer)
+
+
 def _obstacle(moe: FusedMoEConfig, blocks: list[int]) -> str | None:
     """Why this layer cannot be padded, or None."""
     block_n, block_k = blocks

@@ -21,6 +21,7 @@ class BlockShard:
         span: Elements of the padded buffer, a whole number of blocks.
         first_block: The checkpoint's block that holds ``start``.
         num_blocks: Blocks of the padded buffer; each holds real elements.
+
     """
 
     start: int

@@ -30,6 +30,7 @@ class Tile:
         num_stages: Loads in flight.
         swap: Weights as the first operand of the matrix product.
         unroll: Quant blocks along K of one loop iteration, in gate and up.
+
     """
 
     block_n: int
@@ -68,6 +69,7 @@ class Tiles:
             not where it is used. A tile must then hold whole groups.
         pdl: Let each kernel start while the one before it ends (Hopper). Pays
             while a kernel does not fill the GPU.
+
     """
 
     sort: bool

@@ -1,10 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Real ``RoutedExperts`` layers and the checkpoints they load."""
 
 from dataclasses import dataclass
 
 import torch
 
-from tests.vllm_on_cpu.tensor_parallel import rank_of
+from .tensor_parallel import rank_of
 
 BLOCK = 128
 PREFIX = "model.layers.0.mlp.experts"
@@ -54,6 +56,13 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     rows, columns = weight.shape[-2:]
     full = scale.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
     return weight.float() * full[..., :rows, :columns]
+
+
+def vllm_version() -> tuple[int, int]:
+    """Major and minor number of the release under test."""
+    import vllm
+
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
 
 
 def build(

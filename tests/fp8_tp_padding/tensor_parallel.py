@@ -1,11 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """One process that plays one rank of a tensor-parallel group."""
 
 import contextlib
+import os
 import types
 
+import pytest
 import torch
 
 GROUPS = ("_TP", "_DP", "_PCP", "_PP", "_EP", "_DCP", "_WORLD")
+
+# In float32 on the CPU, where FP8 kernels are exact.
+runs_kernels = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="runs kernels in Triton's interpreter: set TRITON_INTERPRET=1",
+)
 
 
 class RankOfGroup:

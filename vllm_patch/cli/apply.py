@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-patch apply``: the git patches, put into a vLLM source tree."""
+
+import argparse
+from pathlib import Path
+
+from packaging.version import Version
+
+from vllm_patch.cli import patch_series
+from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli.patch_series import Series
+from vllm_patch.cli.tree_change import (
+    check_writable,
+    conflicts,
+    patched_files,
+    write_all,
+)
+from vllm_patch.cli.vllm_tree import State, VllmTree
+
+RESTORE = (
+    "Restore vLLM's own files (git checkout, or install vLLM again) and remove "
+    "fp8_tp_padding/ where it is left over"
+)
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "apply",
+        help="apply the git patches to a vLLM source tree",
+        description="Apply the series of the tree's release. Nothing is written unless "
+        "all of it applies; a tree that has it already stays as it is.",
+    )
+    parser.add_argument(
+        "tree",
+        type=Path,
+        metavar="TREE",
+        help="folder that holds vllm/: a git checkout, an unpacked source "
+        "distribution, or site-packages",
+    )
+    parser.add_argument(
+        "--reverse", action="store_true", help="take the patches out again"
+    )
+    careful = parser.add_mutually_exclusive_group()
+    careful.add_argument(
+        "--check",
+        action="store_true",
+        help="only say whether the tree is patched: exit code 0 if it is, 1 if not",
+    )
+    careful.add_argument(
+        "--dry-run", action="store_true", help="do all but write; list the files"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Apply, take out or look for the patches; return the exit code.
+
+    Raises:
+        UsageError: No vLLM tree, no series for its release, or a tree that is neither
+            vLLM's nor wholly patched. Nothing was written.
+
+    """
+    if args.check and args.reverse:
+        raise UsageError("--check only looks, so --reverse has no meaning with it")
+    tree = VllmTree(args.tree)
+    series = series_for(tree)
+    what = f"vLLM {series.release} in {args.tree}"
+    applied = _is_applied(tree, series)
+    if args.check:
+        print(f"{what} is {'patched' if applied else 'not patched'}.")
+        return 0 if applied else 1
+    if applied != args.reverse:
+        print(f"{what} is {'patched' if applied else 'not patched'}: nothing to do.")
+        return 0
+    files = patched_files(tree, series, args.reverse)
+    check_writable(args.tree, list(files))
+    if args.dry_run:
+        for path, content in files.items():
+            print(f"{'would remove' if content is None else 'would write'} {path}")
+        return 0
+    try:
+        write_all(args.tree, files)
+    except OSError as error:
+        raise UsageError(f"{error}. {args.tree} is as it was before.") from error
+    done = "Took the patches out of" if args.reverse else "Applied the patches to"
+    print(f"{done} {what}: {len(files)} files.")
+    return 0
+
+
+def series_for(tree: VllmTree) -> Series:
+    """Return the series of the tree's release.
+
+    Raises:
+        UsageError: There is none, or the tree's files are another release's.
+
+    """
+    known = patch_series.read_all()
+    whole = State.PRISTINE, State.APPLIED
+    fitting = [s for s in known.values() if tree.state(s) in whole]
+    release = tree.release()
+    if release is None:
+        if fitting:
+            return fitting[0]
+        raise UsageError(
+            f"{tree.root} does not say which release of vLLM it is, and fits none of "
+            f"{', '.join(known)}. Check one of these out."
+        )
+    if release not in known:
+        raise UsageError(_no_series(tree, release, known))
+    series = known[release]
+    if fitting and series not in fitting:
+        raise UsageError(
+            f"{tree.root} says that it is vLLM {release}, but its files are those of "
+            f"{fitting[0].release}. If the files are right, remove the stale "
+            "vllm/_version.py."
+        )
+    return series
+
+
+def _no_series(tree: VllmTree, release: str, known: dict[str, Series]) -> str:
+    nearest = min(known.values(), key=lambda s: _distance(s.release, release))
+    places = conflicts(tree, nearest)
+    fate = f"conflicts in {', '.join(places)}" if places else "has no conflicts"
+    return (
+        f"{tree.root} is vLLM {release}, and there are patches for "
+        f"{', '.join(known)}. The nearest, for {nearest.release}, {fate}. Check a "
+        "supported release out, or apply it by hand: git am --keep-non-patch "
+        f"{nearest.patches[0].parent}/*.patch"
+    )
+
+
+def _distance(release: str, other: str) -> int:
+    numbers = [
+        (v.major * 1000 + v.minor) * 1000 + v.micro
+        for v in (Version(release), Version(other))
+    ]
+    return abs(numbers[0] - numbers[1])
+
+
+def _is_applied(tree: VllmTree, series: Series) -> bool:
+    state = tree.state(series)
+    if state is State.EDITED:
+        raise UsageError(
+            f"{tree.root} has local edits in {', '.join(tree.edited(series))}: neither "
+            f"as in vLLM {series.release} nor as these patches leave them. {RESTORE}."
+        )
+    if state is State.MIXED:
+        raise UsageError(
+            f"{tree.root} has a part of the patches, in "
+            f"{', '.join(tree.patched(series))}. {RESTORE}."
+        )
+    return state is State.APPLIED
