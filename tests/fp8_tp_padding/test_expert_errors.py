@@ -11,7 +11,8 @@ from .experts import BLOCK, FP8, PREFIX, Checkpoint, build, load
 
 
 @pytest.fixture
-def layer():
+def layer(monkeypatch):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
     return build(1536, 8, 3)
 
 

@@ -122,8 +122,11 @@ def test_the_padded_method_replaces_refined_blocks(plugin, stock_class):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_kernel_is_the_one_stock_takes_for_the_padded_shape(plugin, backend):
+def test_the_kernel_is_the_one_stock_takes_for_the_padded_shape(
+    plugin, backend, monkeypatch
+):
     """1536 / 8 = 192 becomes 256: what stock chooses for 2048 / 8."""
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
 
     def choice(total):
         try:
@@ -160,7 +163,8 @@ def outcome(make, total=1536, **kwargs):
         return str(error)
 
 
-def test_one_line_says_what_was_padded(plugin, padding_log):
+def test_one_line_says_what_was_padded(plugin, padding_log, monkeypatch):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
     layers = [build(640, 8, 0, experts=4, hidden=512) for _ in range(3)]
     for layer in layers:
         experts.process(layer, 8, 0)
@@ -168,8 +172,9 @@ def test_one_line_says_what_was_padded(plugin, padding_log):
     assert line.levelno == logging.INFO
     added = 3 * 3 * 4 * 512 * (256 - 80) / 2**20
     assert (
-        f"3 MoE layers, 640 / TP 8 = 80 padded to 128 or 256; {added:.1f} MiB of "
-        "padding on the largest rank. VLLM_FP8_TP_PADDING=off"
+        "3 MoE layers, 640 / TP 8 = 80 padded to 128 or 256 (VLLM_FP8_TP_PADDING="
+        f"padded); {added:.1f} MiB of padding on the largest rank. "
+        "VLLM_FP8_TP_PADDING=off"
     ) in line.getMessage()
 
 

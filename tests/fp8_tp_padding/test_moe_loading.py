@@ -28,6 +28,12 @@ SPLITS = [(total, tp) for total in TOTALS for tp in TP_SIZES if total % tp == 0]
 SPLITS += [(704, 1), (704, 2), (704, 8)]
 
 
+@pytest.fixture(autouse=True)
+def padded_store(monkeypatch):
+    """Keep whole blocks, as for any kernel but the masked ones."""
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
+
+
 def columns(weight: torch.Tensor, shard: str) -> torch.Tensor:
     """View a weight with its sharded dimension last."""
     return weight if shard == "w2" else weight.transpose(-1, -2)
