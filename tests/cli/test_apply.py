@@ -276,7 +276,8 @@ def test_local_edits_in_a_touched_file(tree, capsys, applied, reverse, path):
 @pytest.mark.parametrize("reverse", [[], ["--reverse"]])
 def test_half_applied(tree, series, capsys, reverse):
     git(tree, "init", "-q")
-    git(tree, "apply", str(series.patches[0]))
+    for patch in series.patches[:2]:
+        git(tree, "apply", str(patch))
     before = snapshot(tree)
     message = refused(capsys, tree, *reverse)
     assert "has a part of the patches, in " in message

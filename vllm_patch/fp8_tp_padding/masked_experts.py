@@ -22,8 +22,8 @@ BLOCK = 128
 class MaskedTritonExperts(TritonExperts):
     """``TritonExperts`` whose weights hold only the rank's real columns.
 
-    The input is quantized by the same launch that sorts it, and the intermediate
-    between the two products, so neither is a pass of its own.
+    The input is quantized in the launch that counts each expert's tokens, and the
+    intermediate in one of the two products, so neither is a pass of its own.
     """
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig):
