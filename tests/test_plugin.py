@@ -55,7 +55,9 @@ def test_unknown_value_of_the_variable_stops_the_start(monkeypatch):
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "on")
     allowed = "'auto', 'padded', 'off'"
     try:
-        with pytest.raises(ValueError, match=f"'on' for VLLM_FP8_TP_PADDING.*{allowed}"):
+        with pytest.raises(
+            ValueError, match=f"'on' for VLLM_FP8_TP_PADDING.*{allowed}"
+        ):
             plugin_module.register()
     finally:
         plugin_module.unregister()

@@ -6,6 +6,7 @@ import torch
 
 import vllm.envs as envs
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.platforms import current_platform
 from vllm.triton_utils import HAS_TRITON
 
 from .shard import block_shard
@@ -32,6 +33,8 @@ def why_padded(
         return "VLLM_FP8_TP_PADDING=padded"
     if not HAS_TRITON or not _is_triton(experts_cls):
         return f"{getattr(experts_cls, '__name__', None)} takes whole blocks"
+    if not current_platform.is_cuda():
+        return "masked kernels are written for CUDA"
     if block != 128:
         return f"masked kernels take blocks of 128, not {block}"
     if moe.activation != MoEActivation.SILU or not moe.is_act_and_mul:

@@ -78,6 +78,8 @@ class MaskedTritonExperts(TritonExperts):
                 "post_gemm2_hook needs the output of each expert, which masked kernels "
                 "do not keep. Set VLLM_FP8_TP_PADDING=padded for this model."
             )
+        assert hidden_states.is_contiguous(), "Hidden_states must be contiguous"
+        assert hidden_states.shape[-1] == w1.shape[2], "Hidden size mismatch"
         num_tokens, hidden = hidden_states.shape
         num_experts, top_k = w1.shape[0], topk_ids.shape[1]
         problem = Problem(
@@ -94,7 +96,10 @@ class MaskedTritonExperts(TritonExperts):
             hidden_states,
             Weights(w1, w2, self.w1_scale, self.w2_scale),
             Routing(
-                topk_weights, topk_ids, expert_map, not apply_router_weight_on_input
+                topk_weights.contiguous(),
+                topk_ids.contiguous(),
+                expert_map,
+                not apply_router_weight_on_input,
             ),
             problem,
             workspace2,

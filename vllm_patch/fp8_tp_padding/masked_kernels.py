@@ -21,11 +21,14 @@ EPS = tl.constexpr(1e-10)
 
 
 @triton.jit
-def _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP: tl.constexpr):
-    """Local expert of a routed id; -1 for a padding token or a remote expert."""
+def _expert_of(id, expert_map_ptr, NUM_IDS: tl.constexpr, HAS_EXPERT_MAP: tl.constexpr):
+    """Local expert of a routed id; -1 for a remote expert or none at all."""
+    known = tl.where((id >= 0) & (id < NUM_IDS), id, -1)
     if HAS_EXPERT_MAP:
-        return tl.load(expert_map_ptr + id, mask=id >= 0, other=-1).to(tl.int32)
-    return id
+        mapped = tl.load(expert_map_ptr + tl.maximum(known, 0)).to(tl.int32)
+        return tl.where(known >= 0, mapped, -1)
+    else:
+        return known
 
 
 @triton.jit
@@ -83,6 +86,7 @@ def prepare_kernel(
     chunks,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
+    NUM_IDS: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -100,7 +104,8 @@ def prepare_kernel(
         pair = pid * CHUNK + tl.arange(0, CHUNK)
         ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
         ids = ids.to(tl.int32)
-        counts = tl.histogram(tl.where(ids < 0, 0, ids), BINS, mask=ids >= 0)
+        known = (ids >= 0) & (ids < NUM_IDS)
+        counts = tl.histogram(tl.where(known, ids, 0), BINS, mask=known)
         tl.store(counts_ptr + pid * BINS + tl.arange(0, BINS), counts)
     else:
         PER_TOKEN: tl.constexpr = K // BLOCK // GROUPS
@@ -159,7 +164,7 @@ def sort_kernel(
     if chunk == 0:
         if id == 0:
             tl.store(num_blocks_ptr, tl.sum(blocks))
-        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         for block in range(num_blocks):
             tl.store(block_experts_ptr + first + block, expert)
         tail = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -188,6 +193,7 @@ def _block_of_pairs(
     num_pairs,
     BLOCK_M: tl.constexpr,
     SORTED: tl.constexpr,
+    NUM_IDS: tl.constexpr,
     HAS_EXPERT_MAP: tl.constexpr,
 ):
     """Pairs of a block and their expert, -1 if there is nothing to do.
@@ -206,7 +212,7 @@ def _block_of_pairs(
     else:
         pair = tl.where(row == 0, pid_m, num_pairs)
         id = tl.load(topk_ids_ptr + pid_m).to(tl.int32)
-        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
     return pair, expert.to(tl.int64)
 
 
@@ -224,6 +230,7 @@ def gate_up_kernel(
     topk_ids_ptr,
     expert_map_ptr,
     num_pairs,
+    NUM_IDS: tl.constexpr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     SIZE: tl.constexpr,
@@ -262,6 +269,7 @@ def gate_up_kernel(
         num_pairs,
         BLOCK_M,
         SORTED,
+        NUM_IDS,
         HAS_EXPERT_MAP,
     )
     if expert < 0:
@@ -430,8 +438,9 @@ def down_kernel(
         None,
         num_pairs,
         BLOCK_M,
-        True,
-        False,
+        SORTED=True,
+        NUM_IDS=0,
+        HAS_EXPERT_MAP=False,
     )
     if expert < 0:
         return
@@ -475,6 +484,7 @@ def down_and_sum_kernel(
     topk_weights_ptr,
     topk_ids_ptr,
     expert_map_ptr,
+    NUM_IDS: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
@@ -504,7 +514,7 @@ def down_and_sum_kernel(
     slot = tl.arange(0, ROWS)
     pair = token * TOP_K + slot
     ids = tl.load(topk_ids_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
-    is_pair = _expert_of(ids, expert_map_ptr, HAS_EXPERT_MAP) >= 0
+    is_pair = _expert_of(ids, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP) >= 0
     codes, scales = _load_h(
         h_ptr, h_scale_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS, QUANTIZED
     )
@@ -515,7 +525,7 @@ def down_and_sum_kernel(
     out = _zeros(ROWS, BLOCK_N, SWAP)
     for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
         id = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)
-        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         real_row = tl.where(expert >= 0, row, K)
         expert = tl.maximum(expert, 0).to(tl.int64)
         y = _times_w2(
@@ -542,6 +552,7 @@ def sum_kernel(
     out_ptr,  # [num_tokens, K], out
     topk_ids_ptr,
     expert_map_ptr,
+    NUM_IDS: tl.constexpr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -561,7 +572,7 @@ def sum_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for slot in tl.static_range(TOP_K):
         id = tl.load(topk_ids_ptr + token * TOP_K + slot).to(tl.int32)
-        expert = _expert_of(id, expert_map_ptr, HAS_EXPERT_MAP)
+        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         y = tl.load(y_ptr + (token * TOP_K + slot) * K + column, mask=column < K)
         total += tl.where(expert >= 0, y.to(tl.float32), 0.0)
     tl.store(

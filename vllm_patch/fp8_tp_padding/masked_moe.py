@@ -60,8 +60,19 @@ class Problem:
 
     @property
     def chunk(self) -> int:
-        """Pairs that one program counts or places."""
-        return 1024 if self.num_pairs <= 2048 else 4096
+        """Pairs that one program counts or places; there are at most 16 such."""
+        least = 1024 if self.num_pairs <= 2048 else 4096
+        return max(least, triton.next_power_of_2(triton.cdiv(self.num_pairs, 16)))
+
+    @property
+    def sort_options(self) -> dict[str, int]:
+        num_warps = min(32, max(4, self.chunk // 1024))
+        return {
+            "NUM_IDS": self.num_ids,
+            "BINS": self.bins,
+            "CHUNK": self.chunk,
+            "num_warps": num_warps,
+        }
 
     @property
     def chunks(self) -> int:
@@ -98,6 +109,11 @@ class Problem:
 
     def carve(self, workspace: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the intermediates, as views of ``workspace``."""
+        if workspace.nbytes < self.workspace_bytes:
+            raise ValueError(
+                f"The workspace has {workspace.nbytes} bytes, but {self.num_tokens} "
+                f"tokens of {self.dtype} need {self.workspace_bytes}."
+            )
         raw, offset, views = workspace.view(-1).view(torch.uint8), 0, {}
         for name, (shape, dtype) in self.buffers().items():
             num_bytes = prod(shape) * dtype.itemsize
@@ -194,7 +210,11 @@ class _Call:
     @property
     def _map(self) -> dict[str, object]:
         mapping = self.routing.expert_map
-        return {"expert_map_ptr": mapping, "HAS_EXPERT_MAP": mapping is not None}
+        return {
+            "expert_map_ptr": mapping,
+            "NUM_IDS": self.problem.num_ids,
+            "HAS_EXPERT_MAP": mapping is not None,
+        }
 
     @property
     def _geometry(self) -> dict[str, int]:
@@ -221,8 +241,7 @@ class _Call:
             chunks=problem.chunks,
             K=problem.hidden,
             GROUPS=each,
-            BINS=problem.bins,
-            CHUNK=problem.chunk,
+            **problem.sort_options,
             **self._views("x_codes", "x_scale", "counts"),
             **self._options,
         )
@@ -234,12 +253,11 @@ class _Call:
             num_pairs=problem.num_pairs,
             chunks=problem.chunks,
             CHUNKS=triton.next_power_of_2(problem.chunks),
-            NUM_IDS=problem.num_ids,
-            BINS=problem.bins,
-            CHUNK=problem.chunk,
+            **problem.sort_options,
             BLOCK_M=problem.tiles.block_m,
             **self._views("counts", "sorted_pairs", "block_experts", "num_blocks"),
-            **self._map,
+            expert_map_ptr=self.routing.expert_map,
+            HAS_EXPERT_MAP=self.routing.expert_map is not None,
             **self._options,
         )
 

@@ -39,6 +39,13 @@ class Tile:
     swap: bool = False
     unroll: int = 1
 
+    def __post_init__(self):
+        if self.block_n < 16 or BLOCK % self.block_n:
+            raise ValueError(
+                f"block_n = {self.block_n}: a tile must be 16, 32, 64 or 128 columns, "
+                "so that it lies in one quant block."
+            )
+
     def count(self, shard: BlockShard) -> int:
         """Tiles of the shard's span that hold real columns."""
         end = -(-(shard.lead + shard.size) // self.block_n)
@@ -79,6 +86,13 @@ class Tiles:
     down_splits: int = 1
     quantize_in_gate_up: bool = False
     pdl: bool = False
+
+    def __post_init__(self):
+        if self.quantize_in_gate_up and self.gate_up.block_n != BLOCK:
+            raise ValueError(
+                f"quantize_in_gate_up with block_n = {self.gate_up.block_n}: a tile "
+                f"must be a whole group of {BLOCK} columns."
+            )
 
     @classmethod
     def from_config(cls, config: dict) -> "Tiles":
