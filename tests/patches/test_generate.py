@@ -141,7 +141,8 @@ def test_data_that_a_hook_has_vllm_install(sources, tmp_path, monkeypatch):
 def test_a_hook_that_does_not_fit(sources, tmp_path):
     tree = tmp_path / "vllm"
     hooked = "vllm/model_executor/layers/quantization/fp8.py"
-    for path in (hooked, "vllm/envs.py", "tests/kernels/moe/test_fp8_tp_loading.py"):
+    others = "setup.py", "vllm/envs.py", "tests/kernels/moe/test_fp8_tp_loading.py"
+    for path in (hooked, *others):
         (tree / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(fetch("0.33.0") / path, tree / path)
     text = (tree / hooked).read_text()
