@@ -42,7 +42,7 @@ def test_a_series_is_what_a_reviewer_expects(release, tmp_path):
         assert commit.message.splitlines()[-1] in patch
         head, *files = patch.split("\ndiff --git ")
         new = [file for file in files if "\nnew file mode 100644\n" in file]
-        for file in new:
+        for file in (file for file in new if file.split()[0].endswith(".py")):
             assert "\n+# SPDX-License-Identifier: Apache-2.0\n" in file
             assert "\n+# SPDX-FileCopyrightText: Copyright contributors to" in file
         assert len(files) - len(new) <= 3, "a commit changes few of vLLM's own files"
