@@ -276,12 +276,11 @@ def test_local_edits_in_a_touched_file(tree, capsys, applied, reverse, path):
 @pytest.mark.parametrize("reverse", [[], ["--reverse"]])
 def test_half_applied(tree, series, capsys, reverse):
     git(tree, "init", "-q")
-    for patch in series.patches[:2]:
-        git(tree, "apply", str(patch))
+    git(tree, "apply", str(series.patches[0]))
     before = snapshot(tree)
     message = refused(capsys, tree, *reverse)
     assert "has a part of the patches, in " in message
-    assert f" vllm/envs.py, {LIBRARY}/__init__.py" in message
+    assert f" setup.py, {LIBRARY}/__init__.py" in message
     assert "Restore vLLM's own files" in message
     assert snapshot(tree) == before
 
