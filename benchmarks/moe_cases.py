@@ -19,7 +19,6 @@ class Case:
         tp_size: Tensor-parallel size.
         why: What the case is for.
         rank: The rank that is timed.
-        check_all_ranks: Compare every rank with the reference, not only that one.
         has_bars: Whether the bars in moe_bars.py were set for this case.
 
     """
@@ -32,7 +31,6 @@ class Case:
     tp_size: int
     why: str
     rank: int = 1
-    check_all_ranks: bool = False
     has_bars: bool = False
 
     @property
@@ -53,7 +51,6 @@ CASES = (
     Case(
         *("Qwen3-235B-TP8", 128, 8, 4096, 1536, 8),
         why="192 columns: a block and a half, at either end of the span",
-        check_all_ranks=True,
         has_bars=True,
     ),
     Case(

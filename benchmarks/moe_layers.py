@@ -21,13 +21,18 @@ class Routing:
     @classmethod
     def random(cls, case: Case, num_tokens: int, generator: torch.Generator):
         """Return the top-k of random logits, their softmax renormalized."""
-        logits = torch.randn(
-            num_tokens,
-            case.experts,
-            generator=generator,
-            device=generator.device,
-            dtype=torch.float32,
-        )
+        return cls._top(case, _normal((num_tokens, case.experts), generator))
+
+    @classmethod
+    def skewed(cls, case: Case, num_tokens: int, generator: torch.Generator):
+        """Send all tokens to ``2 * top_k`` experts, more to some than to others."""
+        logits = _normal((num_tokens, case.experts), generator)
+        favour = _normal((case.experts,), generator)
+        favour[favour.topk(2 * case.top_k).indices] += 100
+        return cls._top(case, logits + favour)
+
+    @classmethod
+    def _top(cls, case: Case, logits: torch.Tensor):
         top, ids = logits.topk(case.top_k, -1)
         return cls(top.softmax(-1), ids.to(torch.int32))
 
@@ -37,6 +42,11 @@ class Routing:
         loads = torch.bincount(self.ids.flatten() // local, minlength=ep_size)
         first = int(loads.argmax()) * local
         return Routing(self.weights, (self.ids - first) % experts)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    options = {"device": generator.device, "dtype": torch.float32}
+    return torch.randn(shape, generator=generator, **options)
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,12 @@ class Weights:
         """
         x = fake_quantize(x.float(), self.block)
         out = torch.zeros_like(x)
-        for expert in range(len(self.w13)):
+        for expert in routing.ids.unique().tolist():
+            if expert >= len(self.w13):
+                continue
             token, slot = (routing.ids == expert).nonzero(as_tuple=True)
-            if len(token):
-                y = self._expert(expert, x[token])
-                out.index_add_(0, token, y * routing.weights[token, slot, None])
+            y = self._expert(expert, x[token])
+            out.index_add_(0, token, y * routing.weights[token, slot, None])
         return out
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -223,13 +234,7 @@ def _fill(experts, case: Case, what: Implementation, seed: int) -> Weights:
     scales = experts.w13_weight_scale_inv.data, experts.w2_weight_scale_inv.data
     generator = torch.Generator(w13.device).manual_seed(seed)
     for expert in (*w13, *w2):
-        codes = torch.randn(
-            expert.shape,
-            generator=generator,
-            device=expert.device,
-            dtype=torch.float32,
-        )
-        expert.copy_(codes.to(FP8))
+        expert.copy_(_normal(expert.shape, generator).to(FP8))
     for scale in scales:
         scale.copy_(random_scales(*scale.shape, generator=generator))
     if what.is_stock:

@@ -70,7 +70,9 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
         sources=(
             "vllm_patch/fp8_tp_padding/__init__.py",
             "vllm_patch/fp8_tp_padding/configs/*.json",
-            "vllm_patch/fp8_tp_padding/masked_*.py",
+            "vllm_patch/fp8_tp_padding/masked_experts.py",
+            "vllm_patch/fp8_tp_padding/masked_kernels.py",
+            "vllm_patch/fp8_tp_padding/masked_moe.py",
             "vllm_patch/fp8_tp_padding/shard.py",
             "vllm_patch/fp8_tp_padding/tiles.py",
         ),
@@ -128,6 +130,7 @@ Issue: https://github.com/vllm-project/vllm/issues/52997
         sources=(
             "vllm_patch/fp8_tp_padding/columns.py",
             "vllm_patch/fp8_tp_padding/input_quant.py",
+            "vllm_patch/fp8_tp_padding/masked_linear.py",
             "vllm_patch/fp8_tp_padding/linear*.py",
         ),
     ),

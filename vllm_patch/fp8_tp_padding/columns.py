@@ -17,6 +17,7 @@ from .window import Window
 
 TOKENS_PER_PROGRAM = 8
 COLUMNS_PER_PROGRAM = 256
+NUM_WARPS = 4
 
 
 class RealColumns:
@@ -109,6 +110,7 @@ def _copy(
             HAS_BIAS=bias is not None,
             TOKENS=TOKENS_PER_PROGRAM,
             COLUMNS=COLUMNS_PER_PROGRAM,
+            num_warps=NUM_WARPS,
         )
     return y
 

@@ -11,11 +11,11 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from .masked_kernels import EPS, FP8_MAX
 from .window import Window
 
 TOKENS_PER_PROGRAM = 8
-# As in vLLM's kernel: the smallest absolute maximum of a group.
-EPS = 1e-10
+NUM_WARPS = 4
 
 
 def quantizes_input(kernel: object, window: Window) -> bool:
@@ -117,11 +117,10 @@ def _padded_quant(
             span,
             x.stride(0),
             *scales.stride(),
-            EPS,
-            torch.finfo(codes.dtype).max,
             USE_UE8M0=use_ue8m0,
             GROUP=group,
             TOKENS=TOKENS_PER_PROGRAM,
+            num_warps=NUM_WARPS,
         )
     return codes, scales
 
@@ -144,6 +143,19 @@ def _padded_quant_fake(
     return codes, scales
 
 
+@triton.jit
+def quantize_group(x, USE_UE8M0: tl.constexpr):
+    """Quantize ``[tokens, group]``, float32: codes, in float32, and scales.
+
+    ``USE_UE8M0`` rounds scales up to powers of two.
+    """
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), EPS), FP8_MAX)
+    if USE_UE8M0:
+        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    inverse = tl.div_rn(1.0, scale)
+    return tl.clamp(x * inverse[:, None], -FP8_MAX, FP8_MAX), scale
+
+
 @triton.jit(do_not_specialize=["tokens", "scales_group_stride"])
 def _padded_quant_kernel(
     x_ptr,  # [tokens, size], floating point
@@ -156,8 +168,6 @@ def _padded_quant_kernel(
     x_stride,  # from token to token
     scales_token_stride,
     scales_group_stride,
-    eps,
-    fp8_max,
     USE_UE8M0: tl.constexpr,  # round scales up to powers of two
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -177,11 +187,7 @@ def _padded_quant_kernel(
         mask=exists & real[None, :],
         other=0.0,
     ).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), eps), fp8_max)
-    if USE_UE8M0:
-        scale = tl.exp2(tl.ceil(tl.log2(scale)))
-    inverse = tl.div_rn(1.0, scale)
-    codes = tl.clamp(x * inverse[:, None], -fp8_max, fp8_max)
+    codes, scale = quantize_group(x, USE_UE8M0)
     tl.store(
         codes_ptr + token[:, None] * span + column[None, :],
         codes.to(codes_ptr.dtype.element_ty),

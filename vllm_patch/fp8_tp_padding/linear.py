@@ -13,6 +13,7 @@ from .columns import PaddedColumns, RealColumns
 from .input_quant import PaddedQuantFP8, quantizes_input
 from .linear_layout import LinearLayout, has_stock_loader, linear_layout
 from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
+from .masked_linear import MaskedLinear
 
 
 def padded_layout(
@@ -82,10 +83,13 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         self._set_sizes(layer, input_size_per_partition, output_partition_sizes)
         self._real_columns = RealColumns(outputs)
         self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
+        self._masked = None
         if quantizes_input(self.fp8_linear, inputs):
             quant_fp8 = PaddedQuantFP8(self.fp8_linear.quant_fp8, inputs)
             self.fp8_linear.quant_fp8 = quant_fp8
             self._pad = None
+            if not self.layout.pads_input:
+                self._masked = MaskedLinear(self._real_columns, quant_fp8)
         totals = [output.total for output in self.layout.outputs]
         block = self.weight_block_size[0]
         self._parameters = [
@@ -135,6 +139,10 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             x = self._pad(x)
         if self.layout.pads_input:
             return super().apply(layer, x, bias)
+        if self._masked is not None:
+            weights = layer.weight, layer.weight_scale_inv
+            if self._masked.takes(x, *weights):
+                return self._masked(x, *weights, bias)
         return self._real_columns(super().apply(layer, x, None), bias)
 
     def _record(self, layer: torch.nn.Module) -> None:

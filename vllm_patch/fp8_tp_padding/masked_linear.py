@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Multiplies few tokens by the real rows of a padded weight.
+
+Taking the real columns out of a padded output is a launch of its own. It shows where
+the product itself takes a few microseconds; there this one takes its place.
+"""
+
+import math
+
+import torch
+
+import vllm.envs as envs
+from vllm.platforms import current_platform
+from vllm.triton_utils import tl, triton
+
+from .columns import RealColumns
+from .input_quant import PaddedQuantFP8
+
+BLOCK = 128
+TOKENS_PER_PROGRAM = 16
+COLUMNS_PER_PROGRAM = 32
+NUM_WARPS = 4
+NUM_STAGES = 3
+UNROLL = 4
+# Beyond, vLLM's kernels are faster by more than the launch that is saved.
+MAX_PROGRAMS = 160
+
+
+class MaskedLinear:
+    """A column-parallel product that computes the real columns only.
+
+    Args:
+        columns: Takes the real columns out of the padded output.
+        quant_fp8: Quantizes the input of the padded product.
+
+    """
+
+    def __init__(self, columns: RealColumns, quant_fp8: PaddedQuantFP8):
+        self.columns = columns
+        self.quant_fp8 = quant_fp8
+
+    def takes(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+        """Whether this computes what the padded product does, in less time.
+
+        Never while torch.compile traces: Inductor folds the taking of columns into
+        what comes after.
+
+        Args:
+            x: ``[..., K]``.
+            weight: What the padded product takes, after loading.
+            scale: Likewise.
+
+        """
+        if torch.compiler.is_compiling() or not current_platform.is_cuda():
+            return False
+        if envs.VLLM_BATCH_INVARIANT or scale.dtype != torch.float32:
+            return False
+        blocks = [size // BLOCK for size in weight.shape]
+        tokens = x.numel() // x.shape[-1]
+        return (
+            list(scale.shape) == blocks and 0 < self._programs(tokens) <= MAX_PROGRAMS
+        )
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return ``[..., real columns]`` in ``x``'s dtype, plus ``bias``.
+
+        Args:
+            x: ``[..., K]``, floating point.
+            weight: ``[padded rows, K]``, float8.
+            scale: ``[padded rows / 128, K / 128]``, float32.
+            bias: ``[real columns]``.
+
+        """
+        y = x.new_empty((*x.shape[:-1], self.columns.total))
+        codes, x_scale = self.quant_fp8(x.reshape(-1, x.shape[-1]))
+        tokens, size = codes.shape
+        _masked_linear_kernel[(self._programs(tokens),)](
+            codes,
+            x_scale,
+            weight,
+            scale,
+            bias,
+            y,
+            tokens,
+            *x_scale.stride(),
+            *weight.stride(),
+            *scale.stride(),
+            STARTS=self.columns.starts,
+            SHIFTS=self.columns.shifts,
+            TOTAL=self.columns.total,
+            K=size,
+            HAS_BIAS=bias is not None,
+            BLOCK=BLOCK,
+            TOKENS=TOKENS_PER_PROGRAM,
+            COLUMNS=COLUMNS_PER_PROGRAM,
+            NUM_STAGES=NUM_STAGES,
+            UNROLL=math.gcd(UNROLL, size // BLOCK),
+            num_warps=NUM_WARPS,
+        )
+        return y
+
+    def _programs(self, tokens: int) -> int:
+        tiles = triton.cdiv(self.columns.total, COLUMNS_PER_PROGRAM)
+        return triton.cdiv(tokens, TOKENS_PER_PROGRAM) * tiles
+
+
+@triton.jit(do_not_specialize=["tokens", "x_scale_group_stride"])
+def _masked_linear_kernel(
+    x_ptr,  # [tokens, K], float8, contiguous
+    x_scale_ptr,  # [tokens, K / BLOCK], float32
+    w_ptr,  # [padded rows, K], float8
+    w_scale_ptr,  # [padded rows / BLOCK, K / BLOCK], float32
+    bias_ptr,  # [TOTAL], floating point; None without HAS_BIAS
+    y_ptr,  # [tokens, TOTAL], floating point, contiguous
+    tokens,
+    x_scale_token_stride,
+    x_scale_group_stride,
+    w_row_stride,
+    w_column_stride,
+    w_scale_row_stride,
+    w_scale_column_stride,
+    STARTS: tl.constexpr,  # first column in y of each piece; the first is 0
+    SHIFTS: tl.constexpr,  # what leads from a piece's columns in y to rows of w
+    TOTAL: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Write COLUMNS columns of TOKENS tokens of ``x @ w.T``, without padding.
+
+    Grid: ceil(tokens / TOKENS) * ceil(TOTAL / COLUMNS). A tile may hold columns of
+    several quant blocks and of several pieces, so each column has its own scale.
+    """
+    TILES: tl.constexpr = (TOTAL + COLUMNS - 1) // COLUMNS
+    token = tl.program_id(0) // TILES * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
+    column = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)
+    row = column + SHIFTS[0]
+    for i in tl.static_range(1, len(STARTS)):
+        row = tl.where(column >= STARTS[i], column + SHIFTS[i], row)
+    exists = token < tokens
+    real = column < TOTAL
+    row = row.to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + token[:, None] * K + k[None, :]
+    x_scale_ptrs = x_scale_ptr + token * x_scale_token_stride
+    w_ptrs = w_ptr + row[:, None] * w_row_stride + k[None, :] * w_column_stride
+    w_scale_ptrs = w_scale_ptr + row // BLOCK * w_scale_row_stride
+    y = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for first in tl.range(0, K // BLOCK, UNROLL, num_stages=NUM_STAGES):
+        for i in tl.static_range(UNROLL):
+            block = first + i
+            x = tl.load(x_ptrs + block * BLOCK, mask=exists[:, None], other=0.0)
+            w = tl.load(
+                w_ptrs + block * BLOCK * w_column_stride, mask=real[:, None], other=0.0
+            )
+            x_scale = tl.load(
+                x_scale_ptrs + block * x_scale_group_stride, mask=exists, other=0.0
+            )
+            w_scale = tl.load(
+                w_scale_ptrs + block * w_scale_column_stride, mask=real, other=0.0
+            )
+            y += tl.dot(x, tl.trans(w)) * (x_scale[:, None] * w_scale[None, :])
+
+    if HAS_BIAS:
+        # vLLM adds it to what the product was rounded to.
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        y += tl.load(bias_ptr + column, mask=real, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_ptr + token[:, None] * TOTAL + column[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=exists[:, None] & real[None, :],
+    )
