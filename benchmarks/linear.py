@@ -5,6 +5,10 @@ layers on this GPU. For each one it first checks all ranks against an fp32 refer
 and then times CUDA graphs of one straddling rank. The control, in the same run, is
 stock vLLM's layer whose shards are rounded up to whole blocks.
 
+A layer is timed as it is called without torch.compile and, if column-parallel, once
+more as an engine runs it by default: compiled, with SiLU-and-multiply or the rotary
+embedding after it, for ours and for stock.
+
 Exits with 1 if a padded layer errs more than 1.1 times as much as the control, does
 not run where the control does, or a layer that needs no padding launches other
 kernels with the plugin than without it.
@@ -23,7 +27,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks import graph_timing
+from benchmarks import graph_timing, linear_in_model
 from benchmarks.linear_cases import BLOCK, CASES, Case, Quantized, round_up
 from benchmarks.linear_reference import Arithmetic, expected
 from benchmarks.one_rank import rank_of
@@ -217,29 +221,32 @@ def _activations(run: Run, case: Case, rank: int, tokens: int) -> torch.Tensor:
 def _time(run: Run, backend: str, case: Case) -> None:
     """Print a row for each number of tokens."""
     rank = _timed_rank(case)
-    padded, stock = _Timed(run, case, rank), _Timed(run, case.aligned(), rank)
+    padded = _Timed(run, case, rank)
+    stock = _Timed(run, case.aligned(), rank, after=case)
     _compare_aligned(run, backend, case.aligned(), rank, stock)
     for tokens in run.tokens:
         if run.is_late():
             run.problem(f"{backend}, {case.name}, {tokens} tokens: out of budget")
             return
-        graphs = [padded.graph(tokens), stock.graph(tokens)]
-        times = graph_timing.microseconds(graphs)
-        ours, theirs = (
-            t / w.copies for t, w in zip(times, (padded, stock), strict=True)
-        )
-        launched = [len(timed.launches(tokens)) for timed in (padded, stock)]
-        _print_row(run, backend, case, rank, tokens, ours, theirs, launched)
+        for how in ("alone",) if case.is_row else ("alone", "in model"):
+            padded.how = stock.how = how
+            graphs = [padded.graph(tokens), stock.graph(tokens)]
+            times = graph_timing.microseconds(graphs)
+            ours, theirs = (
+                t / w.copies for t, w in zip(times, (padded, stock), strict=True)
+            )
+            launched = [len(timed.launches(tokens)) for timed in (padded, stock)]
+            _print_row(run, backend, case, rank, how, tokens, ours, theirs, launched)
 
 
-def _print_row(run, backend, case, rank, tokens, ours, theirs, launched) -> None:
+def _print_row(run, backend, case, rank, how, tokens, ours, theirs, launched) -> None:
     sizes = [part.size for part in case.parts(rank)]
     spans = [part.span for part in case.parts(rank)]
     ratio = ours / theirs
     mark = " " if ratio <= TOLERATED_TIME else "*"
     print(
         f"  {case.name:26} {_join(sizes):>13} -> {_join(spans):>13} "
-        f"stock {_join(map(round_up, sizes)):>13} {tokens:5} tokens "
+        f"stock {_join(map(round_up, sizes)):>13} {how:8} {tokens:5} tokens "
         f"{ours:8.2f} us {theirs:8.2f} us {ratio:6.2f}{mark} "
         f"launches {launched[0]} / {launched[1]}",
         flush=True,
@@ -252,6 +259,7 @@ def _print_row(run, backend, case, rank, tokens, ours, theirs, launched) -> None
             "sizes": _join(sizes),
             "padded": _join(spans),
             "stock": _join(map(round_up, sizes)),
+            "how": how,
             "tokens": tokens,
             "padded_us": f"{ours:.3f}",
             "stock_us": f"{theirs:.3f}",
@@ -263,22 +271,43 @@ def _print_row(run, backend, case, rank, tokens, ours, theirs, launched) -> None
 
 
 class _Timed:
-    """Copies of one rank's layer, enough not to be served from the L2 cache."""
+    """Copies of one rank's layer, enough not to be served from the L2 cache.
 
-    def __init__(self, run: Run, case: Case, rank: int):
-        self.run, self.case, self.rank = run, case, rank
+    Args:
+        run: The command's.
+        case: The layer, or its control.
+        rank: The rank.
+        after: The layer whose output is used; by default ``case``.
+
+    Attributes:
+        how: ``alone``, as without torch.compile, or ``in model``, compiled together
+            with what uses the output.
+
+    """
+
+    def __init__(self, run: Run, case: Case, rank: int, after: Case | None = None):
+        self.run, self.case, self.rank, self.how = run, case, rank, "alone"
         layer = _loaded(run, case, case.tensors(run.device), rank)
         size = sum(param.nbytes for param in layer.parameters())
         self.copies = min(MAX_COPIES, max(4, round(ROTATED_BYTES / size)))
         self.layers = [layer, *(_copy(layer) for _ in range(self.copies - 1))]
         # A graph reads its input where it was captured, so inputs must stay.
         self.inputs: dict[int, torch.Tensor] = {}
+        self.compiled = linear_in_model.compiled(after or case, rank, layer)
 
     def calls(self, tokens: int) -> list[Callable]:
         if tokens not in self.inputs:
             x = _activations(self.run, self.case, self.rank, tokens)
+            if tokens > 1:
+                torch._dynamo.mark_dynamic(x, 0)
             self.inputs[tokens] = x
-        return [functools.partial(layer, self.inputs[tokens]) for layer in self.layers]
+        x = self.inputs[tokens]
+        if self.how == "alone":
+            return [functools.partial(layer, x) for layer in self.layers]
+        return [
+            functools.partial(self.compiled, x, linear_in_model.parameters(layer))
+            for layer in self.layers
+        ]
 
     def graph(self, tokens: int) -> torch.cuda.CUDAGraph:
         with rank_of(self.case.tp_size, self.rank), torch.inference_mode():

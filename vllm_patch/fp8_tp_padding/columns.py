@@ -17,7 +17,6 @@ from .window import Window
 
 TOKENS_PER_PROGRAM = 8
 COLUMNS_PER_PROGRAM = 256
-NUM_WARPS = 4
 
 
 class RealColumns:
@@ -110,7 +109,6 @@ def _copy(
             HAS_BIAS=bias is not None,
             TOKENS=TOKENS_PER_PROGRAM,
             COLUMNS=COLUMNS_PER_PROGRAM,
-            num_warps=NUM_WARPS,
         )
     return y
 

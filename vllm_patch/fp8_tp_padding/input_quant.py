@@ -15,7 +15,6 @@ from .masked_kernels import EPS, FP8_MAX
 from .window import Window
 
 TOKENS_PER_PROGRAM = 8
-NUM_WARPS = 4
 
 
 def quantizes_input(kernel: object, window: Window) -> bool:
@@ -42,6 +41,13 @@ def quantizes_input(kernel: object, window: Window) -> bool:
     return not (
         kernel.quant_fp8.use_ue8m0 and DeepGemmQuantScaleFMT.from_oracle() == packed
     )
+
+
+def dependent_launch() -> dict[str, bool]:
+    """Return options of a kernel that starts while the one before it ends."""
+    if current_platform.is_cuda() and current_platform.is_arch_support_pdl():
+        return {"USE_PDL": True, "launch_pdl": True}
+    return {"USE_PDL": False}
 
 
 class PaddedQuantFP8:
@@ -120,7 +126,7 @@ def _padded_quant(
             USE_UE8M0=use_ue8m0,
             GROUP=group,
             TOKENS=TOKENS_PER_PROGRAM,
-            num_warps=NUM_WARPS,
+            **dependent_launch(),
         )
     return codes, scales
 
@@ -169,6 +175,7 @@ def _padded_quant_kernel(
     scales_token_stride,
     scales_group_stride,
     USE_UE8M0: tl.constexpr,  # round scales up to powers of two
+    USE_PDL: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -177,6 +184,9 @@ def _padded_quant_kernel(
     Grid: (ceil(tokens / TOKENS), span / GROUP). Columns outside
     ``[lead, lead + size)`` are loaded as zeros, so they change no scale.
     """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     group = tl.program_id(1)
     column = group * GROUP + tl.arange(0, GROUP)
