@@ -33,8 +33,8 @@ test: lint kernels
 	  case " $(ENDS) " in *" $$release "*) skip= ;; \
 	    *) skip="$(ENDS_TESTS:%=--ignore %)" ;; esac; \
 	  echo "== vLLM $$release"; \
-	  $(TEST)/bin/python -m pytest -q -n 2 --vllm $$release \
-	    --ignore tests/engine --ignore tests/patches $$skip; \
+	  $(TEST)/bin/python -m pytest -q -n 2 --dist worksteal \
+	    --vllm $$release --ignore tests/engine --ignore tests/patches $$skip; \
 	done
 	@echo "== git patches"
 	$(TEST)/bin/python -m pytest -q -n 2 --vllm installed tests/patches
