@@ -8,11 +8,13 @@ of the GPU has.
 """
 
 import argparse
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -85,24 +87,39 @@ def kernels(chosen: tiles.Tiles) -> Iterator[tuple[str, int, dict]]:
         yield name, 4, {**path, "BLOCK_N": 1024}
 
 
-def compiled(name: str, num_warps: int, constants: dict, arch: int):
-    kernel = getattr(masked_kernels, name)
-    constants = {**CONSTANTS, **constants}
-    pointers = dict(POINTERS)
-    if constants["QUANTIZE"]:
-        pointers["h_ptr"] = "*fp8e4nv"
-    signature, values, attributes = {}, {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-            values[(index,)] = constants[argument]
-        else:
-            signature[argument] = pointers[argument]
-            if argument in pointers and pointers[argument].startswith("*"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, attributes)
-    target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+@dataclass(frozen=True)
+class Job:
+    """One kernel for one GPU; ``values`` are the constants that it takes."""
+
+    arch: int
+    name: str
+    num_warps: int
+    values: tuple[tuple[str, object], ...]
+
+    def compile(self):
+        kernel = getattr(masked_kernels, self.name)
+        constants = dict(self.values)
+        pointers = dict(POINTERS)
+        if constants.get("QUANTIZE") or constants.get("QUANTIZED"):
+            pointers["h_ptr"] = "*fp8e4nv"
+        signature, values, attributes = {}, {}, {}
+        for index, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument] = "constexpr"
+                values[(index,)] = constants[argument]
+            else:
+                signature[argument] = pointers[argument]
+                if pointers[argument].startswith("*"):
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, values, attributes)
+        target = GPUTarget("cuda", self.arch, 32)
+        options = {"num_warps": self.num_warps}
+        return triton.compile(source, target=target, options=options)
+
+    def run(self) -> tuple[int, int, int]:
+        """Return registers, spilled bytes and bytes of shared memory."""
+        binary = self.compile()
+        return *usage(binary), binary.metadata.shared
 
 
 def usage(binary) -> tuple[int, int]:
@@ -128,30 +145,39 @@ def paths(arch: int) -> dict[tiles.Tiles, str]:
     return found
 
 
+def jobs(arch: int) -> dict[Job, str]:
+    """Return the different kernels of a GPU's paths, and where each comes from."""
+    found: dict[Job, str] = {}
+    for chosen, origin in paths(arch).items():
+        for name, num_warps, constants in kernels(chosen):
+            constants = {**CONSTANTS, **constants}
+            taken = getattr(masked_kernels, name).arg_names
+            values = tuple((a, constants[a]) for a in taken if a in constants)
+            found.setdefault(Job(arch, name, num_warps, values), origin)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--arch", type=int, nargs="+", default=list(SHARED_MEMORY), metavar="SM"
     )
+    found = {
+        job: at for arch in parser.parse_args().arch for job, at in jobs(arch).items()
+    }
     too_large = 0
     print(f"{'GPU':7}{'kernel':21}{'registers':>10}{'spilled':>9}{'shared':>9}  tiles")
-    for arch in parser.parse_args().arch:
-        done = set()
-        for chosen, origin in paths(arch).items():
-            for name, num_warps, constants in kernels(chosen):
-                binary = compiled(name, num_warps, constants, arch)
-                if binary.hash in done:
-                    continue
-                done.add(binary.hash)
-                registers, stack = usage(binary)
-                shared = binary.metadata.shared
-                over = shared > SHARED_MEMORY[arch]
-                too_large += over
-                print(
-                    f"sm_{arch:<4}{name:21}{registers:10}{stack:9}{shared:9}  {origin}"
-                    f"{'  TOO LARGE' if over else ''}",
-                    flush=True,
-                )
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for job, (registers, spilled, shared) in zip(
+            found, pool.imap(Job.run, found), strict=True
+        ):
+            over = shared > SHARED_MEMORY[job.arch]
+            too_large += over
+            print(
+                f"sm_{job.arch:<4}{job.name:21}{registers:10}{spilled:9}{shared:9}  "
+                f"{found[job]}{'  TOO LARGE' if over else ''}",
+                flush=True,
+            )
     return 1 if too_large else 0
 
 

@@ -22,7 +22,8 @@ def pytest_addoption(parser):
         default=NEWEST,
         metavar="RELEASE",
         help=f"vLLM release to test on the CPU (default {NEWEST}), or 'installed' "
-        "for tests/engine, which start the installed one in processes of their own",
+        "for tests/engine, which start the installed one in processes of their own, "
+        "and tests/patches, which import none",
     )
 
 
@@ -30,10 +31,22 @@ def pytest_configure(config):
     release = config.getoption("--vllm")
     if release == INSTALLED:
         return
-    from tests.vllm_on_cpu import install
     from tests.vllm_tree import fetch
 
     tree = str(fetch(release))
+    if runs_tests(config):
+        _prepare(tree)
+
+
+def runs_tests(config) -> bool:
+    """Whether this process runs tests; with ``-n``, the first one only waits."""
+    return hasattr(config, "workerinput") or not config.getoption("numprocesses", 0)
+
+
+def _prepare(tree: str) -> None:
+    """Make this process, which runs tests, import the release in ``tree``."""
+    from tests.vllm_on_cpu import install
+
     sys.path.insert(0, tree)
     # For tests that start Python themselves.
     os.environ["PYTHONPATH"] = tree

@@ -217,9 +217,8 @@ def patched_vllm(tmp_path, monkeypatch) -> Path:
         pytest.skip("this release has no git patches")
     tree = tmp_path / "vllm-src"
     package = Path(vllm.__path__[0])
-    ignored = shutil.ignore_patterns("__pycache__")
     for folder in (package, package.parent / "vllm.egg-info"):
-        shutil.copytree(folder, tree / folder.name, ignore=ignored)
+        shutil.copytree(folder, tree / folder.name)
     assert main(["apply", str(tree)]) == 0
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(tree))
     return tree

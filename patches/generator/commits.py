@@ -3,17 +3,10 @@
 
 from dataclasses import dataclass
 
+from vllm_patch.releases import SUPPORTED
+
 # Releases that have a series; 0.27.0 was replaced by 0.27.1 within days.
-RELEASES = (
-    "0.26.0",
-    "0.27.1",
-    "0.28.0",
-    "0.29.0",
-    "0.30.0",
-    "0.31.0",
-    "0.32.0",
-    "0.33.0",
-)
+RELEASES = tuple(release for release in SUPPORTED if release != "0.27.0")
 
 LIBRARY = "vllm/model_executor/layers/quantization/fp8_tp_padding"
 # A folder that jobs of vLLM's CI collect in each release.

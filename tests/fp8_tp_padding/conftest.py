@@ -6,12 +6,16 @@ import sys
 
 import pytest
 
+from tests.conftest import runs_tests
+
 IN_TREE = "vllm.model_executor.layers.quantization.fp8_tp_padding"
 
 
 # After the root conftest, which prepares the process for vLLM.
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    if not runs_tests(config):
+        return
     from vllm_patch import fp8_tp_padding
 
     sys.modules[IN_TREE] = fp8_tp_padding

@@ -38,17 +38,23 @@ class Checkpoint:
                 experts, rows, columns, generator=generator, dtype=torch.float32
             )
             weights[shard] = codes.to(FP8)
-            blocks = -(-rows // BLOCK), -(-columns // BLOCK)
-            odd = torch.arange(blocks[0])[:, None] + torch.arange(blocks[1])
-            step = torch.where(odd % 2 == 1, 10.0, 1.0).float()
-            jitter = 1 + torch.rand(
-                experts, *blocks, generator=generator, dtype=torch.float32
-            )
-            scales[shard] = 0.005 * step * jitter
+            scales[shard] = random_scales(experts, rows, columns, generator=generator)
         return cls(weights, scales)
 
     def dequantized(self, shard: str) -> torch.Tensor:
         return dequantize(self.weights[shard], self.scales[shard])
+
+
+def random_scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """Return float32 scales for a weight ``[..., rows, columns]``.
+
+    Neighbouring blocks differ 10x, so that a scale in the wrong place shows.
+    """
+    blocks = *shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK)
+    odd = torch.arange(blocks[-2])[:, None] + torch.arange(blocks[-1])
+    step = torch.where(odd % 2 == 1, 10.0, 1.0).float()
+    jitter = 1 + torch.rand(blocks, generator=generator, dtype=torch.float32)
+    return 0.005 * step * jitter
 
 
 def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -182,6 +182,7 @@ def test_column_parallel_layers_launch_it_once(monkeypatch, has_bias):
         layer.bias.weight_loader(layer.bias, torch.arange(640.0))
     x = torch.ones(3, HIDDEN, dtype=torch.bfloat16)
     run(layer, x, 8, 1)  # Turns the weights into what the kernel takes.
+    monkeypatch.setattr(layer.quant_method, "_masked", None)
     seen, copy = [], columns._copy
     monkeypatch.setattr(columns, "_copy", lambda *a: seen.append(a) or copy(*a))
     y = layer.quant_method.apply(layer, x, layer.bias)

@@ -5,7 +5,8 @@
 import pytest
 import torch
 
-from .experts import BLOCK, FP8, dequantize, poison
+from .experts import BLOCK, FP8, dequantize, poison, random_scales
+from .moe_reference import fake_quantize, relative_error
 from .tensor_parallel import rank_of, runs_kernels
 
 HIDDEN = 256
@@ -15,11 +16,7 @@ def matrix(rows: int, columns: int, seed: int):
     """An FP8 matrix and its block scales, 10x apart between neighbours."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float32)
-    blocks = -(-rows // BLOCK), -(-columns // BLOCK)
-    odd = torch.arange(blocks[0])[:, None] + torch.arange(blocks[1])
-    step = torch.where(odd % 2 == 1, 10.0, 1.0).float()
-    jitter = 1 + torch.rand(blocks, generator=generator, dtype=torch.float32)
-    return weight.to(FP8), 0.005 * step * jitter
+    return weight.to(FP8), random_scales(rows, columns, generator=generator)
 
 
 def build(kind, tp_size, rank, dtype=torch.bfloat16, **kwargs):
@@ -113,11 +110,6 @@ def linear_reference(x, weight, scale):
     return torch.cat(groups, -1) @ dequantize(weight, scale).T
 
 
-def fake_quantize(x):
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-    return (x / scale).to(FP8).float() * scale
-
-
 @runs_kernels
 @pytest.mark.parametrize("rank", range(8))
 def test_qkv_with_replicated_heads(rank):
@@ -178,10 +170,6 @@ def run(layer, x, tp_size=1, rank=0):
         layer.quant_method.process_weights_after_loading(layer)
         y = layer(x)
     return y[0] if isinstance(y, tuple) else y
-
-
-def relative_error(value, expected):
-    return ((value - expected).norm() / expected.norm()).item()
 
 
 @runs_kernels

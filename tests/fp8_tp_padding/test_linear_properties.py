@@ -18,11 +18,13 @@ def blocks_of(rows: int, columns: int, generator: torch.Generator):
 
 
 def dequantize_one_by_one(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(weight)
-    for i in range(weight.shape[0]):
-        for j in range(weight.shape[1]):
-            out[i, j] = weight[i, j] * scale[i // BLOCK, j // BLOCK]
-    return out
+    scales = scale.tolist()
+    return torch.tensor(
+        [
+            [code * scales[i // BLOCK][j // BLOCK] for j, code in enumerate(row)]
+            for i, row in enumerate(weight.tolist())
+        ]
+    )
 
 
 def load(layout, weights, scales):

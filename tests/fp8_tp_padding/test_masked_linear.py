@@ -5,20 +5,21 @@
 import pytest
 import torch
 
+from .experts import poison
 from .tensor_parallel import runs_kernels
-from .test_linear_loading import HIDDEN, load, matrix, merged, run
+from .test_linear_loading import HIDDEN, build, load, matrix, merged, run
 
 pytestmark = runs_kernels
 
 TP = 8
-# A bit over half a block each: odd ranks start inside a block, and tiles hold columns
-# of both shards.
+# 80 and 88 per rank: odd ranks start inside a block, some straddle two, and tiles
+# hold columns of both shards.
 SIZES = (640, 704)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """Record the inputs of masked products."""
+    """Record the arguments of masked products."""
     from vllm.model_executor.layers.quantization.fp8_tp_padding.masked_linear import (
         MaskedLinear,
     )
@@ -30,6 +31,13 @@ def products(monkeypatch):
     return seen
 
 
+def loaded(rank, dtype=torch.float32):
+    layer = merged(TP, rank, SIZES, dtype=dtype)
+    poison(layer)
+    load(layer, {i: matrix(size, HIDDEN, seed=i) for i, size in enumerate(SIZES)})
+    return layer
+
+
 def padded_output(layer, x, bias, monkeypatch):
     """What the layer computes without the masked product."""
     with monkeypatch.context() as patch:
@@ -38,14 +46,73 @@ def padded_output(layer, x, bias, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 7, 0, 2, 3, 4, 6])
-@pytest.mark.parametrize("tokens", [1, 17, 65])
+# One; one more than a program has.
+@pytest.mark.parametrize("tokens", [1, 17])
 def test_it_is_the_padded_product(products, monkeypatch, rank, tokens):
-    layer = merged(TP, rank, SIZES, dtype=torch.float32)
-    tensors = {i: matrix(size, HIDDEN, seed=i) for i, size in enumerate(SIZES)}
-    load(layer, tensors)
+    layer = loaded(rank)
     x = torch.randn(tokens, HIDDEN) * torch.logspace(-3, 3, HIDDEN)
     y = run(layer, x, TP, rank)
     assert len(products) == 1
     expected = padded_output(layer, x, None, monkeypatch)
     assert len(products) == 1 and y.shape == (tokens, sum(SIZES) // TP)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_it_adds_the_bias(products, monkeypatch, dtype):
+    """To what the product was rounded to."""
+    sizes = {"input_size": HIDDEN, "output_size": 640, "bias": True}
+    layer = build("ColumnParallelLinear", TP, 1, dtype, **sizes)
+    load(layer, {None: matrix(640, HIDDEN, seed=0)})
+    layer.bias.weight_loader(layer.bias, torch.linspace(-900, 900, 640, dtype=dtype))
+    # Sums of small integers, so that the order of adding does not matter.
+    x = torch.randint(-1, 2, (2, 3, HIDDEN)).to(dtype)
+    run(layer, x, TP, 1)
+    products.clear()
+    y = layer.quant_method.apply(layer, x, layer.bias)
+    expected = padded_output(layer, x, layer.bias, monkeypatch)
+    assert len(products) == 1 and y.shape == (2, 3, 80)
+    step = torch.finfo(dtype).eps * expected.abs().max()
+    assert (y.float() - expected.float()).abs().max() <= step
+    assert (y == expected).float().mean() > 0.99
+
+
+def test_large_batches_go_to_vllms_kernel(products):
+    layer = loaded(1)
+    run(layer, torch.zeros(1, HIDDEN), TP, 1)
+    tiles = -(-sum(SIZES) // TP // 32)
+    products.clear()
+    takes = layer.quant_method._masked.takes
+    weights = layer.weight, layer.weight_scale_inv
+    assert takes(torch.zeros(132 // tiles * 16, HIDDEN), *weights)
+    assert not takes(torch.zeros(132 // tiles * 16 + 1, HIDDEN), *weights)
+    assert not takes(torch.zeros(0, HIDDEN), *weights)
+
+
+def test_torch_compile_sees_vllms_product(products, monkeypatch):
+    layer = loaded(1)
+    x = torch.zeros(1, HIDDEN)
+    run(layer, x, TP, 1)
+    products.clear()
+    takes = layer.quant_method._masked.takes
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not takes(x, layer.weight, layer.weight_scale_inv)
+
+
+def test_scales_in_another_layout_go_to_vllms_kernel():
+    """DeepGEMM packs four of them into an integer on Blackwell."""
+    layer = loaded(1)
+    run(layer, torch.zeros(1, HIDDEN), TP, 1)
+    x, scale = torch.zeros(1, HIDDEN), layer.weight_scale_inv
+    takes = layer.quant_method._masked.takes
+    assert takes(x, layer.weight, scale)
+    assert not takes(x, layer.weight, scale.to(torch.int32))
+    assert not takes(x, layer.weight, scale[:-1])
+
+
+@pytest.mark.parametrize(
+    "variable", [("VLLM_FP8_TP_PADDING", "padded"), ("VLLM_BATCH_INVARIANT", "1")]
+)
+def test_it_can_be_ruled_out(monkeypatch, variable):
+    monkeypatch.setenv(*variable)
+    assert loaded(1).quant_method._masked is None

@@ -107,17 +107,20 @@ def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
 
 @pytest.mark.parametrize("mode", ["auto", "padded"])
 def test_the_layers_own_path_is_as_exact_as_an_aligned_one(monkeypatch, mode):
-    """bfloat16 rounds between the GEMMs, so stock at TP 4 says how much."""
+    """bfloat16 rounds between the GEMMs, so stock at TP 2 says how much.
+
+    Qwen3-30B-A3B: 192 columns at TP 4.
+    """
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
-    checkpoint = Checkpoint.random(1536, experts=EXPERTS, hidden=HIDDEN)
+    checkpoint = Checkpoint.random(768, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     errors = {}
-    for tp_size in (4, 8):
+    for tp_size in (2, 4):
         summed = sum(
-            layer_output(1536, tp_size, rank, checkpoint, *inputs)
+            layer_output(768, tp_size, rank, checkpoint, *inputs)
             for rank in range(tp_size)
         )
         x, weights, ids = inputs
-        expected = reference(checkpoint, 1536, tp_size, x.bfloat16(), weights, ids)
+        expected = reference(checkpoint, 768, tp_size, x.bfloat16(), weights, ids)
         errors[tp_size] = relative_error(summed, expected)
-    assert errors[8] < 1.5 * errors[4]
+    assert errors[4] < 1.5 * errors[2]

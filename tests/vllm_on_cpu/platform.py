@@ -23,6 +23,8 @@ def install() -> None:
     os.environ["VLLM_USE_DEEP_GEMM"] = "0"
     os.environ["VLLM_DISABLED_KERNELS"] = ",".join(DISABLED_LINEAR_KERNELS)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    # Tensors are small, and pytest's workers share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     import torch
 

@@ -13,7 +13,7 @@ from .columns import PaddedColumns, RealColumns
 from .input_quant import PaddedQuantFP8, quantizes_input
 from .linear_layout import LinearLayout, has_stock_loader, linear_layout
 from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
-from .masked_linear import MaskedLinear
+from .masked_linear import MaskedLinear, multiplies_real_rows
 
 
 def padded_layout(
@@ -88,7 +88,7 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             quant_fp8 = PaddedQuantFP8(self.fp8_linear.quant_fp8, inputs)
             self.fp8_linear.quant_fp8 = quant_fp8
             self._pad = None
-            if not self.layout.pads_input:
+            if not self.layout.pads_input and multiplies_real_rows():
                 self._masked = MaskedLinear(self._real_columns, quant_fp8)
         totals = [output.total for output in self.layout.outputs]
         block = self.weight_block_size[0]

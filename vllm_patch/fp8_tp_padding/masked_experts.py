@@ -14,9 +14,7 @@ from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExpert
 
 from .masked_moe import Problem, Routing, Weights, masked_moe
 from .shard import block_shard
-from .tiles import Tiles, tiles_for
-
-BLOCK = 128
+from .tiles import BLOCK, Tiles, tiles_for
 
 
 class MaskedTritonExperts(TritonExperts):

@@ -21,9 +21,11 @@ EPS = tl.constexpr(1e-10)
 
 
 @triton.jit
-def _expert_of(id, expert_map_ptr, NUM_IDS: tl.constexpr, HAS_EXPERT_MAP: tl.constexpr):
+def _expert_of(
+    routed, expert_map_ptr, NUM_IDS: tl.constexpr, HAS_EXPERT_MAP: tl.constexpr
+):
     """Local expert of a routed id; -1 for a remote expert or none at all."""
-    known = tl.where((id >= 0) & (id < NUM_IDS), id, -1)
+    known = tl.where((routed >= 0) & (routed < NUM_IDS), routed, -1)
     if HAS_EXPERT_MAP:
         mapped = tl.load(expert_map_ptr + tl.maximum(known, 0)).to(tl.int32)
         return tl.where(known >= 0, mapped, -1)
@@ -144,7 +146,7 @@ def sort_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    id = tl.program_id(0) % NUM_IDS
+    routed = tl.program_id(0) % NUM_IDS
     chunk = tl.program_id(0) // NUM_IDS
     bins = tl.arange(0, BINS)
     all_chunks = tl.arange(0, CHUNKS)
@@ -158,26 +160,26 @@ def sort_kernel(
         counts = tl.where((local >= 0)[None, :], counts, 0)
     totals = tl.sum(counts, 0)
     blocks = (totals + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(bins < id, blocks, 0))
-    count = tl.sum(tl.where(bins == id, totals, 0))
+    first = tl.sum(tl.where(bins < routed, blocks, 0))
+    count = tl.sum(tl.where(bins == routed, totals, 0))
     num_blocks = (count + BLOCK_M - 1) // BLOCK_M
     if chunk == 0:
-        if id == 0:
+        if routed == 0:
             tl.store(num_blocks_ptr, tl.sum(blocks))
-        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         for block in range(num_blocks):
             tl.store(block_experts_ptr + first + block, expert)
         tail = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
         unused = (tail >= count) & (tail >= 0)
         tl.store(sorted_pairs_ptr + first * BLOCK_M + tail, num_pairs, mask=unused)
 
-    here = (bins == id)[None, :]
+    here = (bins == routed)[None, :]
     before = tl.sum(tl.where((all_chunks < chunk)[:, None] & here, counts, 0))
     mine_here = tl.sum(tl.where((all_chunks == chunk)[:, None] & here, counts, 0))
     if mine_here > 0:
         pair = chunk * CHUNK + tl.arange(0, CHUNK)
         ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
-        mine = (ids == id).to(tl.int32)
+        mine = (ids == routed).to(tl.int32)
         place = first * BLOCK_M + before + tl.cumsum(mine) - 1
         tl.store(sorted_pairs_ptr + place, pair, mask=mine == 1)
 
@@ -211,8 +213,8 @@ def _block_of_pairs(
         expert = tl.where(pid_m < num_blocks, tl.load(block_experts_ptr + pid_m), -1)
     else:
         pair = tl.where(row == 0, pid_m, num_pairs)
-        id = tl.load(topk_ids_ptr + pid_m).to(tl.int32)
-        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        routed = tl.load(topk_ids_ptr + pid_m).to(tl.int32)
+        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
     return pair, expert.to(tl.int64)
 
 
@@ -524,8 +526,8 @@ def down_and_sum_kernel(
     row = start + tl.arange(0, BLOCK_N)
     out = _zeros(ROWS, BLOCK_N, SWAP)
     for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
-        id = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)
-        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        routed = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)
+        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         real_row = tl.where(expert >= 0, row, K)
         expert = tl.maximum(expert, 0).to(tl.int64)
         y = _times_w2(
@@ -571,8 +573,8 @@ def sum_kernel(
     column = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     for slot in tl.static_range(TOP_K):
-        id = tl.load(topk_ids_ptr + token * TOP_K + slot).to(tl.int32)
-        expert = _expert_of(id, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        routed = tl.load(topk_ids_ptr + token * TOP_K + slot).to(tl.int32)
+        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         y = tl.load(y_ptr + (token * TOP_K + slot) * K + column, mask=column < K)
         total += tl.where(expert >= 0, y.to(tl.float32), 0.0)
     tl.store(

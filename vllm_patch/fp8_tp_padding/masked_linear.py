@@ -16,8 +16,8 @@ from vllm.triton_utils import tl, triton
 
 from .columns import RealColumns
 from .input_quant import PaddedQuantFP8, dependent_launch
+from .tiles import BLOCK
 
-BLOCK = 128
 TOKENS_PER_PROGRAM = 16
 COLUMNS_PER_PROGRAM = 32
 NUM_WARPS = 4
@@ -26,6 +26,13 @@ UNROLL = 4
 # One for each multiprocessor of an H100 or H200. With more, vLLM's kernels are faster
 # by more than the launch that is saved.
 MAX_PROGRAMS = 132
+
+
+def multiplies_real_rows() -> bool:
+    """Whether layers shall use ``MaskedLinear``; it was tuned on Hopper only."""
+    if envs.VLLM_FP8_TP_PADDING == "padded" or envs.VLLM_BATCH_INVARIANT:
+        return False
+    return current_platform.is_cuda() and current_platform.is_device_capability(90)
 
 
 class MaskedLinear:
@@ -45,7 +52,7 @@ class MaskedLinear:
         """Whether this computes what the padded product does, in less time.
 
         Never while torch.compile traces: Inductor folds the taking of columns into
-        what comes after.
+        what comes after, and the product stays vLLM's.
 
         Args:
             x: ``[..., K]``.
@@ -53,9 +60,7 @@ class MaskedLinear:
             scale: Likewise.
 
         """
-        if torch.compiler.is_compiling() or not current_platform.is_cuda():
-            return False
-        if envs.VLLM_BATCH_INVARIANT or scale.dtype != torch.float32:
+        if torch.compiler.is_compiling() or scale.dtype != torch.float32:
             return False
         blocks = [size // BLOCK for size in weight.shape]
         tokens = x.numel() // x.shape[-1]

@@ -18,9 +18,8 @@ from .masked_kernels import (
     sum_kernel,
 )
 from .shard import BlockShard
-from .tiles import Tiles
+from .tiles import BLOCK, Tiles
 
-BLOCK = 128
 FP8 = torch.float8_e4m3fn
 # Activation groups that one program quantizes, and output columns that one sums.
 QUANT_GROUPS = 8

@@ -3,6 +3,7 @@
 """Tile sizes of the masked kernels: tuned files, and a rule for the rest."""
 
 import functools
+import itertools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -110,6 +111,8 @@ class Tiles:
         )
 
 
+# Each call of a layer asks several times, and layers of a model ask the same.
+@functools.lru_cache
 def tiles_for(
     num_tokens: int, top_k: int, num_experts: int, hidden: int, shard: BlockShard
 ) -> Tiles:
@@ -141,10 +144,34 @@ def _tuned(num_experts: int, size: int) -> dict[int, Tiles]:
 
 
 def read_config(path: Path) -> dict[int, Tiles]:
-    """Return tiles by number of tokens from a tuned file."""
-    tuned = json.loads(path.read_text())
-    tuned.pop("triton_version", None)
-    return {int(tokens): Tiles.from_config(tiles) for tokens, tiles in tuned.items()}
+    """Return tiles by number of tokens, fewest first, from a tuned file.
+
+    Raises:
+        ValueError: An entry has fields that ``Tiles`` does not have or lacks some, has
+            values that no kernel takes, or does not sort where one for fewer tokens
+            does: the workspace that fits the largest call must fit all others.
+
+    """
+    entries = json.loads(path.read_text())
+    entries.pop("triton_version", None)
+    tuned = {}
+    for tokens, entry in entries.items():
+        try:
+            tuned[int(tokens)] = Tiles.from_config(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: {tokens!r} must be a number of tokens and hold the fields of "
+                f"Tiles, but: {error!r}. Mend or delete the file."
+            ) from error
+    tuned = dict(sorted(tuned.items()))
+    for fewer, more in itertools.pairwise(tuned):
+        if tuned[fewer].sort and not tuned[more].sort:
+            raise ValueError(
+                f"{path}: sort is true for {fewer} tokens and false for {more}. It "
+                "must stay true as tokens grow, since the workspace is as large as "
+                "the largest call needs. Mend or delete the file."
+            )
+    return tuned
 
 
 def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
