@@ -113,6 +113,16 @@ def _copy(
     return y
 
 
+@triton.jit
+def source_of(column, STARTS: tl.constexpr, SHIFTS: tl.constexpr):
+    """Where columns come from: those of the piece that starts at ``STARTS[i]`` are
+    ``SHIFTS[i]`` further on. The first start is 0."""
+    source = column + SHIFTS[0]
+    for i in tl.static_range(1, len(STARTS)):
+        source = tl.where(column >= STARTS[i], column + SHIFTS[i], source)
+    return source
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _copy_kernel(
     x_ptr,  # [tokens, SIZE], floating point
@@ -121,8 +131,8 @@ def _copy_kernel(
     tokens,
     x_token_stride,
     x_column_stride,
-    STARTS: tl.constexpr,  # first column in y of each piece; the first is 0
-    SHIFTS: tl.constexpr,  # what leads from a piece's columns in y to those in x
+    STARTS: tl.constexpr,  # see source_of
+    SHIFTS: tl.constexpr,
     SIZE: tl.constexpr,
     TOTAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -137,9 +147,7 @@ def _copy_kernel(
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    source = column + SHIFTS[0]
-    for i in tl.static_range(1, len(STARTS)):
-        source = tl.where(column >= STARTS[i], column + SHIFTS[i], source)
+    source = source_of(column, STARTS, SHIFTS)
     exists = (token < tokens)[:, None] & (column < TOTAL)[None, :]
     real = (source >= 0) & (source < SIZE)
     y = tl.load(

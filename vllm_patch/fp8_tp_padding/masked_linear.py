@@ -14,7 +14,7 @@ import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
-from .columns import RealColumns
+from .columns import RealColumns, source_of
 from .input_quant import PaddedQuantFP8, dependent_launch
 from .tiles import BLOCK
 
@@ -133,8 +133,8 @@ def _masked_linear_kernel(
     w_column_stride,
     w_scale_row_stride,
     w_scale_column_stride,
-    STARTS: tl.constexpr,  # first column in y of each piece; the first is 0
-    SHIFTS: tl.constexpr,  # what leads from a piece's columns in y to rows of w
+    STARTS: tl.constexpr,  # see source_of: rows of w
+    SHIFTS: tl.constexpr,
     TOTAL: tl.constexpr,
     K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -153,9 +153,7 @@ def _masked_linear_kernel(
     TILES: tl.constexpr = (TOTAL + COLUMNS - 1) // COLUMNS
     token = tl.program_id(0) // TILES * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     column = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)
-    row = column + SHIFTS[0]
-    for i in tl.static_range(1, len(STARTS)):
-        row = tl.where(column >= STARTS[i], column + SHIFTS[i], row)
+    row = source_of(column, STARTS, SHIFTS)
     exists = token < tokens
     real = column < TOTAL
     row = row.to(tl.int64)
