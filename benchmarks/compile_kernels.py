@@ -1,10 +1,10 @@
-"""Compiles the masked kernels without a GPU and prints what they take.
+"""Compiles our kernels without a GPU and prints what they take.
 
     python -m benchmarks.compile_kernels [--arch 89 90 100 120]
 
 Takes the tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts
-inside a quant block, and fails where a kernel needs more shared memory than a block
-of the GPU has.
+inside a quant block, and gate_up of Qwen3-4B at TP 8; fails where a kernel needs more
+shared memory than a block of the GPU has.
 """
 
 import argparse
@@ -27,7 +27,13 @@ import vllm.triton_utils
 # Where it finds no GPU, vLLM puts a stub in the place of Triton.
 vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton
 
-from vllm_patch.fp8_tp_padding import masked_kernels, tiles  # noqa: E402
+from vllm_patch.fp8_tp_padding import (  # noqa: E402
+    columns,
+    input_quant,
+    masked_kernels,
+    masked_linear,
+    tiles,
+)
 
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 POINTERS = {
@@ -46,9 +52,11 @@ POINTERS = {
     "sorted_pairs_ptr": "*i32",
     "block_experts_ptr": "*i32",
     "num_blocks_ptr": "*i32",
-    "num_pairs": "i32",
-    "chunks": "i32",
+    "codes_ptr": "*fp8e4nv",
+    "scales_ptr": "*fp32",
 }
+# Of the numbers, those that are multiples of 16; the rest is any.
+MULTIPLES = ("x_stride", "x_token_stride", "w_row_stride", "span", "size")
 CONSTANTS = {
     "K": 4096,
     "SIZE": 192,
@@ -64,6 +72,24 @@ CONSTANTS = {
     "MUL_WEIGHT": True,
     "HAS_EXPERT_MAP": False,
     "expert_map_ptr": None,
+}
+LINEAR_CONSTANTS = {
+    "K": 2560,
+    "STARTS": (0, 1216),
+    "SHIFTS": (64, 128),
+    "SIZE": 2560,
+    "TOTAL": 2432,
+    "HAS_BIAS": False,
+    "bias_ptr": None,
+    "GROUP": 128,
+    "BLOCK": 128,
+    "USE_UE8M0": True,
+    # What is 1 is a constant to Triton.
+    "x_column_stride": 1,
+    "w_column_stride": 1,
+    "w_scale_column_stride": 1,
+    "x_scale_token_stride": 1,
+    "scales_token_stride": 1,
 }
 
 
@@ -87,6 +113,31 @@ def kernels(chosen: tiles.Tiles) -> Iterator[tuple[str, int, dict]]:
         yield name, 4, {**path, "BLOCK_N": 1024}
 
 
+def linear_kernels(arch: int) -> Iterator[tuple[str, int, dict]]:
+    """Yield name, warps and constants of the kernels of linear layers."""
+    sizes = {"TOKENS": input_quant.TOKENS_PER_PROGRAM, "USE_PDL": arch >= 90}
+    yield "_padded_quant_kernel", 4, sizes
+    sizes = {
+        "TOKENS": columns.TOKENS_PER_PROGRAM,
+        "COLUMNS": columns.COLUMNS_PER_PROGRAM,
+    }
+    yield "_copy_kernel", 4, sizes
+    if arch == 90:
+        sizes = {
+            "TOKENS": masked_linear.TOKENS_PER_PROGRAM,
+            "COLUMNS": masked_linear.COLUMNS_PER_PROGRAM,
+            "NUM_STAGES": masked_linear.NUM_STAGES,
+            "UNROLL": masked_linear.UNROLL,
+            "USE_PDL": True,
+        }
+        yield "_masked_linear_kernel", masked_linear.NUM_WARPS, sizes
+
+
+def kernel_of(name: str):
+    modules = masked_kernels, columns, input_quant, masked_linear
+    return next(vars(module)[name] for module in modules if name in vars(module))
+
+
 @dataclass(frozen=True)
 class Job:
     """One kernel for one GPU; ``values`` are the constants that it takes."""
@@ -97,7 +148,7 @@ class Job:
     values: tuple[tuple[str, object], ...]
 
     def compile(self):
-        kernel = getattr(masked_kernels, self.name)
+        kernel = kernel_of(self.name)
         constants = dict(self.values)
         pointers = dict(POINTERS)
         if constants.get("QUANTIZE") or constants.get("QUANTIZED"):
@@ -108,8 +159,8 @@ class Job:
                 signature[argument] = "constexpr"
                 values[(index,)] = constants[argument]
             else:
-                signature[argument] = pointers[argument]
-                if pointers[argument].startswith("*"):
+                signature[argument] = pointers.get(argument, "i32")
+                if argument in pointers or argument in MULTIPLES:
                     attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, values, attributes)
         target = GPUTarget("cuda", self.arch, 32)
@@ -150,11 +201,18 @@ def jobs(arch: int) -> dict[Job, str]:
     found: dict[Job, str] = {}
     for chosen, origin in paths(arch).items():
         for name, num_warps, constants in kernels(chosen):
-            constants = {**CONSTANTS, **constants}
-            taken = getattr(masked_kernels, name).arg_names
-            values = tuple((a, constants[a]) for a in taken if a in constants)
-            found.setdefault(Job(arch, name, num_warps, values), origin)
+            job = job_of(arch, name, num_warps, {**CONSTANTS, **constants})
+            found.setdefault(job, origin)
+    for name, num_warps, constants in linear_kernels(arch):
+        job = job_of(arch, name, num_warps, {**LINEAR_CONSTANTS, **constants})
+        found[job] = "linear layers"
     return found
+
+
+def job_of(arch: int, name: str, num_warps: int, constants: dict) -> Job:
+    taken = kernel_of(name).arg_names
+    values = tuple((a, constants[a]) for a in taken if a in constants)
+    return Job(arch, name, num_warps, values)
 
 
 def main() -> int:

@@ -6,11 +6,12 @@ and then times CUDA graphs of one straddling rank. The control, in the same run,
 stock vLLM's layer whose shards are rounded up to whole blocks.
 
 A layer is timed as it is called without torch.compile and, if column-parallel, once
-more as an engine runs it by default: compiled, with SiLU-and-multiply or the rotary
-embedding after it, for ours and for stock.
+more compiled, as an engine compiles it by default, with SiLU-and-multiply or the rotary
+embedding after it, for ours and for stock (by torch.compile, without vLLM's passes).
 
-Exits with 1 if a padded layer errs more than 1.1 times as much as the control, does
-not run where the control does, or a layer that needs no padding launches other
+Exits with 1 if a padded layer errs more than 1.1 times as much as the control, one rank
+and number of tokens more than 1.5 times, or compiled something else than alone; if it
+does not run where the control does; or if a layer that needs no padding launches other
 kernels with the plugin than without it.
 """
 
@@ -37,9 +38,14 @@ from vllm_patch import plugin
 
 TOLERATED_ERROR = 1.1
 TOLERATED_TIME = 1.1
+# Of one rank and number of tokens: one token's rounding is more or less by chance.
+TOLERATED_WORST = 1.5
+# bfloat16 is rounded in other places.
+COMPILED_ERROR = 0.02
 # Beyond this, stock itself is wrong, and no measure.
 SANE_ERROR = 0.1
-CHECKED_TOKENS = 17
+# The masked product takes one token of each layer, and 17 of some.
+CHECKED_TOKENS = (1, 17)
 # Weights in rotation: three times the 60 MB of an H200's L2, so none stays in it.
 ROTATED_BYTES = 180e6
 MAX_COPIES = 256
@@ -157,7 +163,7 @@ def _check(run: Run, backend: str, case: Case) -> bool:
         run.problem(f"{backend}, {case.name}: not checked, the budget is spent")
         return False
     try:
-        stock = _total_error(run, case.aligned())
+        stock = root_mean_square(_errors(run, case.aligned()))
     except Exception as error:  # Kernels raise what they like.
         print(f"  {case.name:26} stock fails: {_first_line(error)}", flush=True)
         return False
@@ -165,19 +171,26 @@ def _check(run: Run, backend: str, case: Case) -> bool:
         print(f"  {case.name:26} stock is wrong: error {stock:.2e}", flush=True)
         return False
     try:
-        ours = _total_error(run, case)
+        errors = _errors(run, case)
     except Exception as error:
         run.problem(f"{backend}, {case.name}: {_first_line(error)}")
         return False
-    print(f"  {case.name:26} error {ours:.2e}, stock {stock:.2e}", flush=True)
-    if not ours <= TOLERATED_ERROR * stock:
-        run.problem(f"{backend}, {case.name}: error {ours:.2e}, stock's {stock:.2e}")
+    ours, worst = root_mean_square(errors), max(errors)
+    print(
+        f"  {case.name:26} error {ours:.2e}, at most {worst:.2e}, stock {stock:.2e}",
+        flush=True,
+    )
+    if not (ours <= TOLERATED_ERROR * stock and worst <= TOLERATED_WORST * stock):
+        run.problem(
+            f"{backend}, {case.name}: error {ours:.2e}, at most {worst:.2e}, stock's "
+            f"{stock:.2e}"
+        )
         return False
     return True
 
 
-def _total_error(run: Run, case: Case) -> float:
-    """Return the root mean square of the relative errors of all ranks.
+def _errors(run: Run, case: Case) -> list[float]:
+    """Return the relative errors of all ranks.
 
     One rank also runs each number of tokens that is timed.
     """
@@ -186,10 +199,10 @@ def _total_error(run: Run, case: Case) -> float:
     for rank in sorted(range(case.tp_size), key=lambda rank: rank % 2 == 0):
         layer = _loaded(run, case, tensors, rank)
         counts = run.tokens if rank == _timed_rank(case) else []
-        for tokens in {CHECKED_TOKENS, *counts}:
+        for tokens in {*CHECKED_TOKENS, *counts}:
             x = _activations(run, case, rank, tokens)
             errors.append(_error(case, layer, tensors, rank, x))
-    return root_mean_square(errors)
+    return errors
 
 
 def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) -> float:
@@ -224,6 +237,8 @@ def _time(run: Run, backend: str, case: Case) -> None:
     padded = _Timed(run, case, rank)
     stock = _Timed(run, case.aligned(), rank, after=case)
     _compare_aligned(run, backend, case.aligned(), rank, stock)
+    if not case.is_row:
+        _compare_compiled(run, backend, padded)
     for tokens in run.tokens:
         if run.is_late():
             run.problem(f"{backend}, {case.name}, {tokens} tokens: out of budget")
@@ -293,7 +308,8 @@ class _Timed:
         self.layers = [layer, *(_copy(layer) for _ in range(self.copies - 1))]
         # A graph reads its input where it was captured, so inputs must stay.
         self.inputs: dict[int, torch.Tensor] = {}
-        self.compiled = linear_in_model.compiled(after or case, rank, layer)
+        self.forward = linear_in_model.forward(after or case, rank, layer)
+        self.compiled = linear_in_model.compiled(self.forward)
 
     def calls(self, tokens: int) -> list[Callable]:
         if tokens not in self.inputs:
@@ -308,6 +324,16 @@ class _Timed:
             functools.partial(self.compiled, x, linear_in_model.parameters(layer))
             for layer in self.layers
         ]
+
+    def outputs(self, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what one layer and its consumer make, alone and compiled."""
+        weights = linear_in_model.parameters(self.layers[0])
+        self.calls(tokens)
+        x = self.inputs[tokens]
+        with rank_of(self.case.tp_size, self.rank), torch.inference_mode():
+            return list(
+                zip(self.forward(x, weights), self.compiled(x, weights), strict=True)
+            )
 
     def graph(self, tokens: int) -> torch.cuda.CUDAGraph:
         with rank_of(self.case.tp_size, self.rank), torch.inference_mode():
@@ -340,6 +366,18 @@ def _compare_aligned(run, backend: str, case: Case, rank: int, with_plugin) -> N
     ours = with_plugin.launches(run.tokens[0])
     if ours != stock:
         run.problem(f"{backend}, {case.name}: launches {ours}, without plugin {stock}")
+
+
+def _compare_compiled(run: Run, backend: str, timed: _Timed) -> None:
+    """Check that a compiled call computes what the layer alone does."""
+    for tokens in run.tokens:
+        for alone, compiled in timed.outputs(tokens):
+            error = relative_error(compiled, alone.float())
+            if not error <= COMPILED_ERROR:
+                run.problem(
+                    f"{backend}, {timed.case.name}, {tokens} tokens: compiled, it "
+                    f"differs by {error:.2e}"
+                )
 
 
 def _timed_rank(case: Case) -> int:

@@ -15,9 +15,10 @@ MAX_POSITIONS = 8192
 COMPILATIONS = 1000
 
 
-def compiled(
-    case: Case, rank: int, layer: torch.nn.Module
-) -> Callable[[torch.Tensor, dict[str, torch.Tensor]], object]:
+Forward = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+
+
+def forward(case: Case, rank: int, layer: torch.nn.Module) -> Forward:
     """Return a call of ``x`` and the layer's parameters by name.
 
     Args:
@@ -26,24 +27,28 @@ def compiled(
         layer: Loaded.
 
     """
-    torch._dynamo.config.recompile_limit = COMPILATIONS
-    torch._dynamo.config.accumulated_recompile_limit = COMPILATIONS
     after = _rotary(case, rank, layer) if case.kind == QKV else _silu_and_mul
 
-    def forward(x, of_layer):
+    def call(x, of_layer):
         output, _ = torch.func.functional_call(layer, of_layer, (x,))
         return after(output)
 
-    return torch.compile(forward, fullgraph=True)
+    return call
+
+
+def compiled(call: Forward) -> Forward:
+    torch._dynamo.config.recompile_limit = COMPILATIONS
+    torch._dynamo.config.accumulated_recompile_limit = COMPILATIONS
+    return torch.compile(call, fullgraph=True)
 
 
 def parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p for name, p in layer._parameters.items() if p is not None}
 
 
-def _silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def _silu_and_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor]:
     gate, up = gate_up.chunk(2, -1)
-    return torch.nn.functional.silu(gate) * up
+    return (torch.nn.functional.silu(gate) * up,)
 
 
 def _rotary(case: Case, rank: int, layer: torch.nn.Module):

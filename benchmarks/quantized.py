@@ -1,5 +1,7 @@
 """Random block-FP8 tensors, and what they stand for in fp32."""
 
+from collections.abc import Collection
+
 import torch
 
 BLOCK = 128
@@ -31,5 +33,5 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value.float() - expected).norm() / expected.norm()).item()
 
 
-def root_mean_square(errors: list[float]) -> float:
+def root_mean_square(errors: Collection[float]) -> float:
     return (sum(error**2 for error in errors) / len(errors)) ** 0.5

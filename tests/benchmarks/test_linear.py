@@ -6,6 +6,7 @@ import torch
 from benchmarks import linear
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic
+from benchmarks.record import Rows
 
 CASES = [
     # 96 per rank: the second one straddles two blocks.
@@ -39,6 +40,23 @@ def test_a_lead_of_zero_does_not_pass(check, monkeypatch, capsys):
     monkeypatch.setattr(linear_layout, "block_shard", at_the_start)
     assert check() == 1
     assert "PROBLEM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
+def test_compiled_layers_must_compute_the_same(plugin, monkeypatch, case):
+    """With what follows: SiLU-and-multiply or the rotary embedding."""
+    trace = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: trace(f, backend="eager"))
+    monkeypatch.setattr(linear, "ROTATED_BYTES", 1)
+    run = linear.Run(torch.device("cpu"), [3], Rows(None, {}))
+    with linear._only("TritonFp8BlockScaledMMKernel"):
+        timed = linear._Timed(run, case, 1)
+    linear._compare_compiled(run, "Triton", timed)
+    assert not run.problems
+    alone = timed.forward
+    timed.compiled = lambda *args: tuple(y.flip(-1) for y in alone(*args))
+    linear._compare_compiled(run, "Triton", timed)
+    assert run.problems
 
 
 def test_nothing_checked_does_not_pass(plugin):

@@ -40,6 +40,21 @@ def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys):
     assert "PROBLEM" in capsys.readouterr().out
 
 
+def test_one_wrong_rank_does_not_pass(check, monkeypatch, capsys):
+    """However small its error is beside those of all others."""
+    stock_error = moe._error
+
+    def one_is_wrong(run, case, layer, tokens, routing):
+        error = stock_error(run, case, layer, tokens, routing)
+        is_wrong = not layer.what.is_stock and layer.what.rank == 1
+        return 3 * error if is_wrong and routing.__name__ == "skewed" else error
+
+    monkeypatch.setattr(moe, "_error", one_is_wrong)
+    assert check() == 1
+    problems = capsys.readouterr().out.partition("PROBLEM: ")[2]
+    assert "64 tokens, skewed routing: error" in problems.splitlines()[0]
+
+
 def test_no_case_does_not_pass(plugin):
     assert moe.main(["--check-only", "--cases", "no such model"]) == 1
 

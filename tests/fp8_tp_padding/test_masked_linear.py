@@ -77,6 +77,17 @@ def test_it_adds_the_bias(products, monkeypatch, dtype):
     assert (y == expected).float().mean() > 0.99
 
 
+def test_the_output_has_the_layers_dtype(products):
+    """Whatever the input's: that of few tokens is that of many."""
+    layer = loaded(1, torch.bfloat16)
+    run(layer, torch.zeros(1, HIDDEN, dtype=torch.bfloat16), TP, 1)
+    products.clear()
+    assert (
+        layer.quant_method.apply(layer, torch.ones(3, HIDDEN)).dtype == torch.bfloat16
+    )
+    assert len(products) == 1
+
+
 def test_large_batches_go_to_vllms_kernel(products):
     layer = loaded(1)
     run(layer, torch.zeros(1, HIDDEN), TP, 1)

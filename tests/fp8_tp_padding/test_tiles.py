@@ -49,14 +49,36 @@ def test_entries_come_in_order(read):
 
 def test_sort_does_not_go_back(read):
     """Whatever the order of the entries, and as numbers: 16 is more than 8."""
-    message = r"tuned\.json: sort is true for 8 tokens and false for 16\. It must"
+    message = r"tuned\.json: sort is True for 8 tokens and False for 16\. It must"
     with pytest.raises(ValueError, match=message):
         read({"16": PAIRS, "8": SORTED, "4": PAIRS})
+
+
+def test_quantizing_earlier_does_not_begin_later(read):
+    """It makes the intermediate smaller than that of a smaller call."""
+    entry = {**SORTED, "gate_up": {**TILE, "block_n": 128}}
+    message = r"quantize_in_gate_up is False for 8 tokens and True for 16\. It must"
+    with pytest.raises(ValueError, match=message):
+        read({"8": entry, "16": {**entry, "quantize_in_gate_up": True}})
+
+
+@pytest.mark.parametrize("config", [{}, {"triton_version": "3.6.0"}, [], 3])
+def test_files_without_entries(read, config):
+    with pytest.raises(ValueError, match=r"tuned\.json: no tiles"):
+        read(config)
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
+        ({"8": {**PAIRS, "down": {**TILE, "num_warps": 3}}}, "num_warps = 3"),
+        ({"8": {**PAIRS, "down": {**TILE, "num_stages": 0}}}, "num_stages = 0"),
+        ({"8": {**PAIRS, "down": {**TILE, "unroll": 0}}}, "unroll = 0"),
+        ({"8": {**PAIRS, "block_m": 8}}, "block_m = 8"),
+        ({"8": {**PAIRS, "block_m": 24}}, "block_m = 24"),
+        ({"8": {**PAIRS, "down_splits": 0}}, "down_splits = 0"),
+        ({"8": {**PAIRS, "sort": "no"}}, "sort = 'no'"),
+        ({"-1": PAIRS}, "tokens = -1"),
         ({"8": {**PAIRS, "block_k": 64}}, "block_k"),
         ({"8": {**PAIRS, "down": {**TILE, "block_k": 64}}}, "block_k"),
         ({"8": {"sort": True, "block_m": 16, "down": TILE}}, "gate_up"),

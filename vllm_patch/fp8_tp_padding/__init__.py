@@ -23,4 +23,5 @@ same bytes work inside the plugin and inside a vLLM source tree.
     linear_loader.py   checkpoint tensors into its parameters
     input_quant.py     quantizes an input and pads it
     columns.py         moves columns in and out of padded tensors
+    masked_linear.py   multiplies few tokens by the real rows only
 """

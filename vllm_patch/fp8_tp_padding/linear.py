@@ -89,7 +89,8 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             self.fp8_linear.quant_fp8 = quant_fp8
             self._pad = None
             if not self.layout.pads_input and multiplies_real_rows():
-                self._masked = MaskedLinear(self._real_columns, quant_fp8)
+                out_dtype = self.fp8_linear.config.out_dtype
+                self._masked = MaskedLinear(self._real_columns, quant_fp8, out_dtype)
         totals = [output.total for output in self.layout.outputs]
         block = self.weight_block_size[0]
         self._parameters = [
@@ -119,8 +120,8 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             self._loaded.clear()
         if self.use_marlin:
             # Marlin takes its sizes from the layer, now and in each call.
-            rows, columns = layer.weight.shape
-            self._set_sizes(layer, columns, [rows])
+            rows = sum(window.span for window in self.layout.output_windows())
+            self._set_sizes(layer, self.layout.input_window().span, [rows])
         bias = layer.bias
         if not self.layout.pads_input:
             # Marlin would permute it for the padded output; apply() adds it later.

@@ -23,8 +23,8 @@ COLUMNS_PER_PROGRAM = 32
 NUM_WARPS = 4
 NUM_STAGES = 3
 UNROLL = 4
-# One for each multiprocessor of an H100 or H200. With more, vLLM's kernels are faster
-# by more than the launch that is saved.
+# One for each multiprocessor of an H200. With more, vLLM's kernels are faster by more
+# than the launch that is saved.
 MAX_PROGRAMS = 132
 
 
@@ -41,12 +41,19 @@ class MaskedLinear:
     Args:
         columns: Takes the real columns out of the padded output.
         quant_fp8: Quantizes the input of the padded product.
+        out_dtype: What the padded product returns.
 
     """
 
-    def __init__(self, columns: RealColumns, quant_fp8: PaddedQuantFP8):
+    def __init__(
+        self,
+        columns: RealColumns,
+        quant_fp8: PaddedQuantFP8,
+        out_dtype: torch.dtype,
+    ):
         self.columns = columns
         self.quant_fp8 = quant_fp8
+        self.out_dtype = out_dtype
 
     def takes(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
         """Whether this computes what the padded product does, in less time.
@@ -75,7 +82,7 @@ class MaskedLinear:
         scale: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return ``[..., real columns]`` in ``x``'s dtype, plus ``bias``.
+        """Return ``[..., real columns]`` in ``out_dtype``, plus ``bias``.
 
         Args:
             x: ``[..., K]``, floating point.
@@ -84,7 +91,7 @@ class MaskedLinear:
             bias: ``[real columns]``.
 
         """
-        y = x.new_empty((*x.shape[:-1], self.columns.total))
+        y = x.new_empty((*x.shape[:-1], self.columns.total), dtype=self.out_dtype)
         codes, x_scale = self.quant_fp8(x.reshape(-1, x.shape[-1]))
         tokens, size = codes.shape
         _masked_linear_kernel[(self._programs(tokens),)](
@@ -120,7 +127,7 @@ class MaskedLinear:
 
 @triton.jit(do_not_specialize=["tokens", "x_scale_group_stride"])
 def _masked_linear_kernel(
-    x_ptr,  # [tokens, K], float8, contiguous
+    x_codes_ptr,  # [tokens, K], float8, contiguous
     x_scale_ptr,  # [tokens, K / BLOCK], float32
     w_ptr,  # [padded rows, K], float8
     w_scale_ptr,  # [padded rows / BLOCK, K / BLOCK], float32
@@ -158,7 +165,7 @@ def _masked_linear_kernel(
     real = column < TOTAL
     row = row.to(tl.int64)
     k = tl.arange(0, BLOCK)
-    x_ptrs = x_ptr + token[:, None] * K + k[None, :]
+    x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
     x_scale_ptrs = x_scale_ptr + token * x_scale_token_stride
     w_ptrs = w_ptr + row[:, None] * w_row_stride + k[None, :] * w_column_stride
     w_scale_ptrs = w_scale_ptr + row // BLOCK * w_scale_row_stride

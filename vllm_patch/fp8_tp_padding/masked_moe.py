@@ -24,6 +24,8 @@ FP8 = torch.float8_e4m3fn
 # Activation groups that one program quantizes, and output columns that one sums.
 QUANT_GROUPS = 8
 SUM_COLUMNS = 1024
+# Programs that count or place an expert's pairs.
+MAX_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class Problem:
 
     @property
     def chunk(self) -> int:
-        """Pairs that one program counts or places; there are at most 16 such."""
+        """Pairs that one program counts or places."""
         least = 1024 if self.num_pairs <= 2048 else 4096
-        return max(least, triton.next_power_of_2(triton.cdiv(self.num_pairs, 16)))
+        most = triton.cdiv(self.num_pairs, MAX_CHUNKS)
+        return max(least, triton.next_power_of_2(most))
 
     @property
     def sort_options(self) -> dict[str, int]:
@@ -251,7 +254,8 @@ class _Call:
             topk_ids_ptr=self.routing.ids,
             num_pairs=problem.num_pairs,
             chunks=problem.chunks,
-            CHUNKS=triton.next_power_of_2(problem.chunks),
+            # Two variants of the kernel, so that none compiles in the middle of things.
+            CHUNKS=1 if problem.chunks == 1 else MAX_CHUNKS,
             **problem.sort_options,
             BLOCK_M=problem.tiles.block_m,
             **self._views("counts", "sorted_pairs", "block_experts", "num_blocks"),

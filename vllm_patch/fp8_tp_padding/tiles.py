@@ -21,6 +21,17 @@ BLOCK = 128
 CONFIGS = Path(__file__).parent / "configs"
 
 
+def _check_positive(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} = {value!r} is not a positive integer.")
+
+
+def _check_power_of_two(name: str, value: int, least: int) -> None:
+    _check_positive(name, value)
+    if value < least or value & (value - 1):
+        raise ValueError(f"{name} = {value} is not a power of two from {least} on.")
+
+
 @dataclass(frozen=True)
 class Tile:
     """How one kernel cuts its output.
@@ -46,6 +57,9 @@ class Tile:
                 f"block_n = {self.block_n}: a tile must be 16, 32, 64 or 128 columns, "
                 "so that it lies in one quant block."
             )
+        _check_power_of_two("num_warps", self.num_warps, least=1)
+        _check_positive("num_stages", self.num_stages)
+        _check_positive("unroll", self.unroll)
 
     def count(self, shard: BlockShard) -> int:
         """Tiles of the shard's span that hold real columns."""
@@ -89,6 +103,11 @@ class Tiles:
     pdl: bool = False
 
     def __post_init__(self):
+        _check_power_of_two("block_m", self.block_m, least=16)
+        _check_positive("down_splits", self.down_splits)
+        for name in ("sort", "quantize_in_gate_up", "pdl"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} = {getattr(self, name)!r} is not a bool.")
         if self.quantize_in_gate_up and self.gate_up.block_n != BLOCK:
             raise ValueError(
                 f"quantize_in_gate_up with block_n = {self.gate_up.block_n}: a tile "
@@ -147,16 +166,20 @@ def read_config(path: Path) -> dict[int, Tiles]:
     """Return tiles by number of tokens, fewest first, from a tuned file.
 
     Raises:
-        ValueError: An entry has fields that ``Tiles`` does not have or lacks some, has
-            values that no kernel takes, or does not sort where one for fewer tokens
-            does: the workspace that fits the largest call must fit all others.
+        ValueError: There are no entries; or one has fields that ``Tiles`` does not have
+            or lacks some, has values that no kernel takes, or does not sort or not
+            quantize where another's workspace then is smaller: the workspace that fits
+            the largest call must fit all others.
 
     """
     entries = json.loads(path.read_text())
+    if not isinstance(entries, dict) or not entries.keys() - {"triton_version"}:
+        raise ValueError(f"{path}: no tiles by number of tokens. Mend or delete it.")
     entries.pop("triton_version", None)
     tuned = {}
     for tokens, entry in entries.items():
         try:
+            _check_positive("tokens", int(tokens))
             tuned[int(tokens)] = Tiles.from_config(entry)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -165,13 +188,21 @@ def read_config(path: Path) -> dict[int, Tiles]:
             ) from error
     tuned = dict(sorted(tuned.items()))
     for fewer, more in itertools.pairwise(tuned):
-        if tuned[fewer].sort and not tuned[more].sort:
-            raise ValueError(
-                f"{path}: sort is true for {fewer} tokens and false for {more}. It "
-                "must stay true as tokens grow, since the workspace is as large as "
-                "the largest call needs. Mend or delete the file."
-            )
+        _check_workspace(path, "sort", fewer, more, tuned, kept=True)
+        _check_workspace(path, "quantize_in_gate_up", fewer, more, tuned, kept=False)
     return tuned
+
+
+def _check_workspace(
+    path: Path, field: str, fewer: int, more: int, tuned: dict[int, Tiles], kept: bool
+) -> None:
+    """Check that a field whose value ``kept`` takes more memory does not go back."""
+    if getattr(tuned[fewer], field) is kept and getattr(tuned[more], field) is not kept:
+        raise ValueError(
+            f"{path}: {field} is {kept} for {fewer} tokens and {not kept} for {more}. "
+            f"It must stay {kept} as tokens grow, since the workspace is as large as "
+            "the largest call needs. Mend or delete the file."
+        )
 
 
 def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
