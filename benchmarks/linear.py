@@ -106,7 +106,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default=cuda)
     add("--csv", help="file for the rows")
     add("--commit", help="commit that is measured, where git cannot tell")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.check_only and args.device == "cpu":
+        parser.error("timing needs a CUDA GPU, and vLLM's build for it")
+    return args
 
 
 def _backends() -> list[str]:

@@ -114,6 +114,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--csv", help="file for the rows")
     add("--commit", help="commit that is measured, where git cannot tell")
     args = parser.parse_args(argv)
+    if not args.check_only and args.device == "cpu":
+        parser.error("timing needs a CUDA GPU, and vLLM's build for it")
     args.tokens = args.tokens or (CHECKED_TOKENS if args.check_only else TIMED_TOKENS)
     return args
 

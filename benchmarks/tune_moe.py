@@ -254,6 +254,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--out", default=str(CONFIGS), help="folder of config files")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("tuning needs a CUDA GPU")
 
     step = min(14, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(step) as pool:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 VARIABLE = "VLLM_FP8_TP_PADDING"
-MODES = ["auto", "padded", "off"]
+OFF = "off"
+MODES = ["auto", "padded", OFF]
 
 
 def with_padding_variable(variables: dict[str, Callable]) -> dict[str, Callable]:

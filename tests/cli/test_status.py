@@ -19,6 +19,13 @@ def test_the_table(capsys):
     assert "Fp8Config.get_quant_method" in out
 
 
+def test_whole_blocks_for_all_layers(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out
+    assert "yes, in every vLLM process (VLLM_FP8_TP_PADDING=padded)" in out
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
     [

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from vllm_patch import __version__, patch_table, plugin, releases
 from vllm_patch.patch_table import PATCHES, UnexpectedTarget
-from vllm_patch.wrappers import MODES, VARIABLE
+from vllm_patch.wrappers import MODES, OFF, VARIABLE
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -22,6 +22,8 @@ def run(_args: argparse.Namespace) -> int:
     """Print versions and the patch table; return 0 if vLLM will pad layers."""
     problem = _problem()
     active = f"no: {problem}" if problem else "yes, in every vLLM process"
+    if not problem and _mode() != MODES[0]:
+        active += f" ({VARIABLE}={_mode()})"
     if not problem and (padding := plugin.built_in()):
         active = f"not needed: {padding}, so the plugin stands down"
     rows = [
@@ -49,11 +51,10 @@ def _problem() -> str | None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if not padded and allowed is not None and plugin.NAME not in allowed.split(","):
         return f"VLLM_PLUGINS={allowed!r} does not list {plugin.NAME}."
-    mode = os.environ.get(VARIABLE, MODES[0])
-    if mode != MODES[0]:
-        return f"{VARIABLE}={mode}" + (
-            "." if mode in MODES else f", and vLLM would stop: give one of {MODES}."
-        )
+    if _mode() == OFF:
+        return f"{VARIABLE}={OFF}."
+    if _mode() not in MODES:
+        return f"{VARIABLE}={_mode()}, and vLLM would stop: give one of {MODES}."
     if padded:
         return None
     try:
@@ -62,6 +63,10 @@ def _problem() -> str | None:
     except UnexpectedTarget as error:
         return f"{error}."
     return None
+
+
+def _mode() -> str:
+    return os.environ.get(VARIABLE, MODES[0])
 
 
 def _vllm_version() -> str:
