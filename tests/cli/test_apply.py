@@ -243,6 +243,8 @@ def test_files_of_another_release(tree, series, capsys):
     before = snapshot(tree)
     message = refused(capsys, tree)
     assert f"says that it is vLLM {other}, but its files are those of" in message
+    stating = next(tree / name for name in STATES_RELEASE if (tree / name).exists())
+    assert f"{stating} is stale" in message
     assert snapshot(tree) == before
 
 
@@ -325,6 +327,39 @@ def test_a_failure_while_writing_changes_nothing(
     message = refused(capsys, tree, *(["--reverse"] if reverse else []))
     assert f"no space left on device. {tree} is as it was before." in message
     assert len(calls) == failing + 1
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("made", [0, 1])
+def test_an_interruption_between_folders_changes_nothing(tree, monkeypatch, made):
+    """Right after one is there, too."""
+    before = snapshot(tree)
+    folders = {path for path in tree.rglob("*") if path.is_dir()}
+    make, calls = Path.mkdir, []
+
+    def interrupted(folder, *args, **kwargs):
+        make(folder, *args, **kwargs)
+        if folder.is_relative_to(tree):
+            calls.append(folder)
+            if len(calls) > made:
+                raise SystemExit(143)
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(SystemExit):
+        main(["apply", str(tree)])
+    assert len(calls) == made + 1
+    assert snapshot(tree) == before
+    assert {path for path in tree.rglob("*") if path.is_dir()} == folders
+
+
+def test_no_room_for_the_copy(tree, capsys, monkeypatch):
+    before = snapshot(tree)
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(tree_change, "_copy_of", full)
+    assert f"no space left on device. {tree} is as it was" in refused(capsys, tree)
     assert snapshot(tree) == before
 
 

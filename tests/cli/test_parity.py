@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -248,8 +249,9 @@ def test_a_model_that_is_not_here(engine, capsys):
     assert "give a local folder with config.json and weights" in capsys.readouterr().err
 
 
-def test_a_terminated_run_leaves_nothing_behind(tmp_path):
-    """SIGTERM, as from timeout or a cancelled job, ends the engine too."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_run_leaves_nothing_behind(tmp_path, number):
+    """A timeout, a cancelled job or a closed terminal ends the engine too."""
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/engine\nexec sleep 600\n")
     child.chmod(0o755)
@@ -268,8 +270,8 @@ sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8
         deadline = time.monotonic() + 60
         while not (tmp_path / "engine").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        job.terminate()
-        assert job.wait(30) == 143
+        job.send_signal(number)
+        assert job.wait(30) == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "engine").read_text()), 0)
     assert not list(tmp_path.glob("vllm-patch-parity-*"))

@@ -2,6 +2,8 @@
 """``vllm-patch apply``: the git patches, put into a vLLM source tree."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from packaging.version import Version
@@ -18,8 +20,8 @@ from vllm_patch.cli.tree_change import (
 from vllm_patch.cli.vllm_tree import State, VllmTree
 
 RESTORE = (
-    "Restore vLLM's own files (git checkout, or install vLLM again) and remove "
-    "fp8_tp_padding/ where it is left over"
+    "Restore vLLM's own files (git checkout of the release's tag, or install vLLM "
+    "again) and remove fp8_tp_padding/ where it is left over"
 )
 
 
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.check and args.reverse:
         raise UsageError("--check only looks, so --reverse has no meaning with it")
     tree = VllmTree(args.tree)
-    series = series_for(tree)
+    with _unchanged(args.tree):
+        series = series_for(tree)
     what = f"vLLM {series.release} in {args.tree}"
     applied = _is_applied(tree, series)
     if args.check:
@@ -72,19 +75,27 @@ def run(args: argparse.Namespace) -> int:
     if applied != args.reverse:
         print(f"{what} is {'patched' if applied else 'not patched'}: nothing to do.")
         return 0
-    files = patched_files(tree, series, args.reverse)
-    check_writable(args.tree, list(files))
+    with _unchanged(args.tree):
+        files = patched_files(tree, series, args.reverse)
+        check_writable(args.tree, list(files))
     if args.dry_run:
         for path, content in files.items():
             print(f"{'would remove' if content is None else 'would write'} {path}")
         return 0
-    try:
+    with _unchanged(args.tree):
         write_all(args.tree, files)
-    except OSError as error:
-        raise UsageError(f"{error}. {args.tree} is as it was before.") from error
     done = "Took the patches out of" if args.reverse else "Applied the patches to"
     print(f"{done} {what}: {len(files)} files.")
     return 0
+
+
+@contextmanager
+def _unchanged(root: Path) -> Iterator[None]:
+    """Turn a full disk and the like into a message."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{error}. {root} is as it was before.") from error
 
 
 def series_for(tree: VllmTree) -> Series:
@@ -111,8 +122,8 @@ def series_for(tree: VllmTree) -> Series:
     if fitting and series not in fitting:
         raise UsageError(
             f"{tree.root} says that it is vLLM {release}, but its files are those of "
-            f"{fitting[0].release}. If the files are right, remove the stale "
-            "vllm/_version.py."
+            f"{fitting[0].release}. If the files are right, {tree.release_file} is "
+            "stale: remove it."
         )
     return series
 

@@ -22,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         module.add_parser(commands)
     args = parser.parse_args(argv)
     # As Ctrl-C does: what runs is ended, what is temporary is removed.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup ignores the latter.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         return args.run(args)
     except UsageError as error:

@@ -113,11 +113,13 @@ def write_all(root: Path, files: dict[str, bytes | None]) -> None:
     (package caches) keep theirs.
     """
     before = {path: content_of(root / path) for path in files}
-    created: list[Path] = []
+    written = [root / path for path, content in files.items() if content is not None]
+    created = _missing_folders(written)
     try:
+        for folder in created:
+            folder.mkdir()
         for path, content in files.items():
             if content is not None:
-                created += _make_folder((root / path).parent)
                 _stage(root / path, content)
         for path, content in files.items():
             _put(root / path, content)
@@ -129,10 +131,10 @@ def write_all(root: Path, files: dict[str, bytes | None]) -> None:
             _remove_traces(root / path, root)
 
 
-def _make_folder(folder: Path) -> list[Path]:
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
+def _missing_folders(files: list[Path]) -> list[Path]:
+    """Return the folders that files lack, parents first."""
+    missing = {p for file in files for p in file.parents if not p.exists()}
+    return sorted(missing)
 
 
 def _stage(file: Path, content: bytes) -> None:
@@ -160,7 +162,8 @@ def _restore(root: Path, before: dict[str, bytes | None], created: list[Path]) -
         else:
             file.write_bytes(content)
     for folder in reversed(created):
-        folder.rmdir()
+        with suppress(FileNotFoundError):
+            folder.rmdir()
 
 
 def _remove_traces(file: Path, root: Path) -> None:

@@ -54,6 +54,23 @@ class VllmTree:
             UsageError: What it states is no version.
 
         """
+        stated, file = self._statement()
+        if stated is None:
+            return None
+        try:
+            return Version(stated).public
+        except InvalidVersion:
+            raise UsageError(
+                f"{file} states the version {stated!r}, which is none. Is this a "
+                "release of vLLM?"
+            ) from None
+
+    @property
+    def release_file(self) -> Path | None:
+        """The file that states the release."""
+        return self._statement()[1]
+
+    def _statement(self) -> tuple[str, Path] | tuple[None, None]:
         for name, pattern in (
             ("vllm/_version.py", r"^__version__ = (?:version = )?['\"](.+)['\"]"),
             ("PKG-INFO", r"^Version: (.+)"),
@@ -63,14 +80,8 @@ class VllmTree:
                 pattern, content.decode(errors="replace"), re.MULTILINE
             )
             if stated:
-                try:
-                    return Version(stated[1].strip()).public
-                except InvalidVersion:
-                    raise UsageError(
-                        f"{self.root / name} states the version {stated[1]!r}, which "
-                        "is none. Is this a release of vLLM?"
-                    ) from None
-        return None
+                return stated[1].strip(), self.root / name
+        return None, None
 
     def paths(self, series: Series) -> list[str]:
         """Return the files of a series that belong into this tree."""
