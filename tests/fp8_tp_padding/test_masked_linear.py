@@ -88,11 +88,10 @@ def test_the_output_has_the_layers_dtype(products):
     assert len(products) == 1
 
 
-def test_large_batches_go_to_vllms_kernel(products):
+def test_large_batches_go_to_vllms_kernel():
     layer = loaded(1)
     run(layer, torch.zeros(1, HIDDEN), TP, 1)
     tiles = -(-sum(SIZES) // TP // 32)
-    products.clear()
     takes = layer.quant_method._masked.takes
     weights = layer.weight, layer.weight_scale_inv
     assert takes(torch.zeros(132 // tiles * 16, HIDDEN), *weights)
@@ -100,11 +99,10 @@ def test_large_batches_go_to_vllms_kernel(products):
     assert not takes(torch.zeros(0, HIDDEN), *weights)
 
 
-def test_torch_compile_sees_vllms_product(products, monkeypatch):
+def test_torch_compile_sees_vllms_product(monkeypatch):
     layer = loaded(1)
     x = torch.zeros(1, HIDDEN)
     run(layer, x, TP, 1)
-    products.clear()
     takes = layer.quant_method._masked.takes
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not takes(x, layer.weight, layer.weight_scale_inv)

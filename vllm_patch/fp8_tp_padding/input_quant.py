@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Quantizes a layer's input and pads it where needed, in one kernel launch."""
 
+import functools
+
 import torch
 
 from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
@@ -11,7 +13,7 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from .masked_kernels import EPS, FP8_MAX
+from .masked_kernels import EPS, FP8_MAX, dependent_launch
 from .window import Window
 
 TOKENS_PER_PROGRAM = 8
@@ -43,11 +45,11 @@ def quantizes_input(kernel: object, window: Window) -> bool:
     )
 
 
-def dependent_launch() -> dict[str, bool]:
-    """Return options of a kernel that starts while the one before it ends."""
-    if current_platform.is_cuda() and current_platform.is_arch_support_pdl():
-        return {"USE_PDL": True, "launch_pdl": True}
-    return {"USE_PDL": False}
+# Each call of a layer asks, and vLLM asks the driver.
+@functools.cache
+def launches_dependently() -> bool:
+    """Whether kernels of linear layers start while the ones before them end."""
+    return current_platform.is_cuda() and current_platform.is_arch_support_pdl()
 
 
 class PaddedQuantFP8:
@@ -126,7 +128,7 @@ def _padded_quant(
             USE_UE8M0=use_ue8m0,
             GROUP=group,
             TOKENS=TOKENS_PER_PROGRAM,
-            **dependent_launch(),
+            **dependent_launch(launches_dependently()),
         )
     return codes, scales
 
@@ -147,19 +149,6 @@ def _padded_quant_fake(
         strides = (1, (tokens + row_multiple - 1) // row_multiple * row_multiple)
     scales = x.new_empty_strided((tokens, groups), strides, dtype=torch.float32)
     return codes, scales
-
-
-@triton.jit
-def quantize_group(x, USE_UE8M0: tl.constexpr):
-    """Quantize ``[tokens, group]``, float32: codes, in float32, and scales.
-
-    ``USE_UE8M0`` rounds scales up to powers of two.
-    """
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), EPS), FP8_MAX)
-    if USE_UE8M0:
-        scale = tl.exp2(tl.ceil(tl.log2(scale)))
-    inverse = tl.div_rn(1.0, scale)
-    return tl.clamp(x * inverse[:, None], -FP8_MAX, FP8_MAX), scale
 
 
 @triton.jit(do_not_specialize=["tokens", "scales_group_stride"])
@@ -197,7 +186,11 @@ def _padded_quant_kernel(
         mask=exists & real[None, :],
         other=0.0,
     ).to(tl.float32)
-    codes, scale = quantize_group(x, USE_UE8M0)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), EPS), FP8_MAX)
+    if USE_UE8M0:
+        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    inverse = tl.div_rn(1.0, scale)
+    codes = tl.clamp(x * inverse[:, None], -FP8_MAX, FP8_MAX)
     tl.store(
         codes_ptr + token[:, None] * span + column[None, :],
         codes.to(codes_ptr.dtype.element_ty),

@@ -15,7 +15,8 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
 from .columns import RealColumns, source_of
-from .input_quant import PaddedQuantFP8, dependent_launch
+from .input_quant import PaddedQuantFP8, launches_dependently
+from .masked_kernels import dependent_launch
 from .tiles import BLOCK
 
 TOKENS_PER_PROGRAM = 16
@@ -116,7 +117,7 @@ class MaskedLinear:
             NUM_STAGES=NUM_STAGES,
             UNROLL=math.gcd(UNROLL, size // BLOCK),
             num_warps=NUM_WARPS,
-            **dependent_launch(),
+            **dependent_launch(launches_dependently()),
         )
         return y
 

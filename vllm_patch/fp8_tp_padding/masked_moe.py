@@ -10,6 +10,7 @@ import torch
 from vllm.triton_utils import triton
 
 from .masked_kernels import (
+    dependent_launch,
     down_and_sum_kernel,
     down_kernel,
     gate_up_kernel,
@@ -206,8 +207,7 @@ class _Call:
 
     @property
     def _options(self) -> dict[str, bool]:
-        pdl = self.problem.tiles.pdl
-        return {"USE_PDL": True, "launch_pdl": True} if pdl else {"USE_PDL": False}
+        return dependent_launch(self.problem.tiles.pdl)
 
     @property
     def _map(self) -> dict[str, object]:
