@@ -122,10 +122,10 @@ def linear_kernels(arch: int) -> Iterator[tuple[str, int, dict]]:
         "COLUMNS": columns.COLUMNS_PER_PROGRAM,
     }
     yield "_copy_kernel", 4, sizes
-    if arch == 90:
+    for tokens, columns_each in masked_linear.TILES if arch == 90 else ():
         sizes = {
-            "TOKENS": masked_linear.TOKENS_PER_PROGRAM,
-            "COLUMNS": masked_linear.COLUMNS_PER_PROGRAM,
+            "TOKENS": tokens,
+            "COLUMNS": columns_each,
             "NUM_STAGES": masked_linear.NUM_STAGES,
             "UNROLL": masked_linear.UNROLL,
             "USE_PDL": True,

@@ -7,6 +7,8 @@ import torch
 from benchmarks.linear_cases import BLOCK, FP8, Case, Quantized, round_up
 
 FP8_MAX = 448
+# From so many on, FlashInfer's kernel in vLLM calls DeepGEMM.
+FLASHINFER_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -15,23 +17,31 @@ class Arithmetic:
 
     Attributes:
         quantizes: It takes FP8 activations, with a scale for each group of 128.
-        powers_of_two: It rounds all scales up to powers of two and quantizes again,
+        input_powers_of_two: It rounds their scales up to powers of two.
+        weight_powers_of_two: It does so with the weight's, and quantizes that again,
             as DeepGEMM does by default.
         bfloat16_scales: It rounds weight scales to bfloat16, as Marlin does.
 
     """
 
     quantizes: bool
-    powers_of_two: bool
+    input_powers_of_two: bool
+    weight_powers_of_two: bool
     bfloat16_scales: bool
 
     @classmethod
-    def of(cls, layer: torch.nn.Module) -> "Arithmetic":
+    def of(cls, layer: torch.nn.Module, tokens: int) -> "Arithmetic":
+        """Return what ``layer`` does with an input of so many tokens."""
         kernel = layer.quant_method.fp8_linear
         quantizes = hasattr(kernel, "apply_block_scaled_mm")
+        # FlashInfer's multiplies few tokens itself, by weights made for DeepGEMM.
+        deep_gemm = getattr(kernel, "fallback", kernel)
+        is_deep_gemm = deep_gemm is kernel or tokens >= FLASHINFER_TOKENS
+        powers_of_two = quantizes and deep_gemm.quant_fp8.use_ue8m0
         return cls(
             quantizes=quantizes,
-            powers_of_two=quantizes and kernel.quant_fp8.use_ue8m0,
+            input_powers_of_two=powers_of_two and is_deep_gemm,
+            weight_powers_of_two=powers_of_two,
             bfloat16_scales=not quantizes,
         )
 
@@ -39,7 +49,8 @@ class Arithmetic:
         """Return what is left of ``[tokens, whole groups]``."""
         if not self.quantizes:
             return x
-        return self._requantized(x.unflatten(-1, (-1, BLOCK)), -1).flatten(-2)
+        groups = x.unflatten(-1, (-1, BLOCK))
+        return _requantized(groups, -1, self.input_powers_of_two).flatten(-2)
 
     def weights(self, weight: torch.Tensor, lead: tuple[int, int]) -> torch.Tensor:
         """Return what is left of a rank's ``[rows, columns]``.
@@ -49,21 +60,41 @@ class Arithmetic:
             lead: Where its first row and column are in their blocks.
 
         """
-        if not self.powers_of_two:
+        if not self.weight_powers_of_two:
             return weight
         rows, columns = weight.shape
         padded = _on_grid(_on_grid(weight, lead[1]).T, lead[0]).T
         blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-        blocks = self._requantized(blocks, (1, 3))
+        blocks = _requantized(blocks, (1, 3), powers_of_two=True)
         padded = blocks.flatten(2, 3).flatten(0, 1)
         return padded.narrow(0, lead[0], rows).narrow(1, lead[1], columns)
 
-    def _requantized(self, groups: torch.Tensor, dims) -> torch.Tensor:
-        scale = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10) / FP8_MAX
-        if self.powers_of_two:
-            scale = scale.log2().ceil().exp2()
-        # A product, as in vLLM's kernels: a quotient rounds some ties otherwise.
-        return (groups * scale.reciprocal()).to(FP8).float() * scale
+
+def of_fp8_values(x: torch.Tensor, lead: int) -> torch.Tensor:
+    """Return activations near ``x`` that no quantization rounds.
+
+    For kernels that divide by approximation, and so round up what the reference
+    rounds down: multiples of powers of two, and in each group one of 448.
+
+    Args:
+        x: ``[tokens, columns]``.
+        lead: Where its first column is in its block.
+
+    """
+    groups = _on_grid(x.float(), lead).unflatten(-1, (-1, BLOCK))
+    largest = groups.abs().amax(-1, keepdim=True)
+    scale = (largest / FP8_MAX).log2().ceil().exp2()
+    codes = (groups / scale).to(FP8).float()
+    codes = torch.where(groups.abs() == largest, groups.sign() * FP8_MAX, codes)
+    return (codes * scale).flatten(-2).narrow(-1, lead, x.shape[-1]).to(x.dtype)
+
+
+def _requantized(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
+    scale = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10) / FP8_MAX
+    if powers_of_two:
+        scale = scale.log2().ceil().exp2()
+    # A product, as in vLLM's kernels: a quotient rounds some ties otherwise.
+    return (groups * scale.reciprocal()).to(FP8).float() * scale
 
 
 def expected(

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import linear
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
-from benchmarks.linear_reference import Arithmetic
+from benchmarks.linear_reference import Arithmetic, of_fp8_values
 from benchmarks.record import Rows
 
 CASES = [
@@ -76,8 +76,29 @@ def test_the_reference_rounds_scales_as_vllm_does_for_deep_gemm(lead):
     stored.weight[: lead[0]] = 0
     stored.weight[:, : lead[1]] = 0
     mine = stored.dequantized()[lead[0] :, lead[1] :]
-    arithmetic = Arithmetic(quantizes=True, powers_of_two=True, bfloat16_scales=False)
+    arithmetic = Arithmetic(
+        quantizes=True,
+        input_powers_of_two=True,
+        weight_powers_of_two=True,
+        bfloat16_scales=False,
+    )
     left = arithmetic.weights(mine, lead)
     assert not torch.equal(left, mine)
     fp8_utils.requant_weight_ue8m0_inplace(stored.weight, stored.scale)
     assert torch.equal(left, stored.dequantized()[lead[0] :, lead[1] :])
+
+
+@pytest.mark.parametrize("lead", [0, 40])
+def test_activations_that_no_quantization_rounds(lead):
+    x = torch.randn(5, 200).bfloat16()
+    exact = of_fp8_values(x, lead)
+    assert exact.dtype == x.dtype and (exact - x).norm() < 0.2 * x.norm()
+    for powers_of_two in (False, True):
+        arithmetic = Arithmetic(
+            quantizes=True,
+            input_powers_of_two=powers_of_two,
+            weight_powers_of_two=True,
+            bfloat16_scales=False,
+        )
+        padded = torch.nn.functional.pad(exact.float(), (lead, 256 - 200 - lead))
+        assert torch.equal(arithmetic.activations(padded), padded)

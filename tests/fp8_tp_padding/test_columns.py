@@ -98,12 +98,13 @@ def test_a_bias_of_another_dtype(path):
 
 
 @pytest.mark.parametrize("rows", ["a view of more", "transposed", "3-D"])
-def test_real_columns_of_any_strides(dirty, path, rows):
+@pytest.mark.parametrize("name", ["gate_up", "qkv"])
+def test_real_columns_of_any_strides(dirty, path, name, rows):
     from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
         RealColumns,
     )
 
-    shards = SHARDS["qkv"]
+    shards = SHARDS[name]
     output = padded_output(6, shards, torch.bfloat16)
     if rows == "a view of more":
         output = torch.nn.functional.pad(output, (0, 40))[:, :-40]

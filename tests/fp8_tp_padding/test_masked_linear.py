@@ -46,9 +46,14 @@ def padded_output(layer, x, bias, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 7, 0, 2, 3, 4, 6])
+@pytest.mark.parametrize("tile", [(64, 16), (16, 32), (64, 32)])
 # One; one more than a program has.
-@pytest.mark.parametrize("tokens", [1, 17])
-def test_it_is_the_padded_product(products, monkeypatch, rank, tokens):
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_it_is_the_padded_product(products, monkeypatch, rank, tile, tokens):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding import masked_linear
+
+    assert tile in masked_linear.TILES
+    monkeypatch.setattr(masked_linear, "TILES", [tile])
     layer = loaded(rank)
     x = torch.randn(tokens, HIDDEN) * torch.logspace(-3, 3, HIDDEN)
     y = run(layer, x, TP, rank)
@@ -88,14 +93,37 @@ def test_the_output_has_the_layers_dtype(products):
     assert len(products) == 1
 
 
+@pytest.mark.parametrize(
+    "columns, tokens, tile",
+    [
+        # 132 programs at most, and small ones first.
+        (2432, 1, (16, 32)),
+        (2432, 16, (16, 32)),
+        (2432, 17, (64, 32)),
+        (2432, 64, (64, 32)),
+        (2432, 65, None),
+        (320, 1, (64, 16)),
+        (320, 256, (64, 16)),
+        (320, 4096, None),
+        (128, 1024, (64, 16)),
+    ],
+)
+def test_its_tiles(columns, tokens, tile):
+    from vllm.model_executor.layers.quantization.fp8_tp_padding.masked_linear import (
+        tile_for,
+    )
+
+    assert tile_for(tokens, columns) == tile
+
+
 def test_large_batches_go_to_vllms_kernel():
     layer = loaded(1)
     run(layer, torch.zeros(1, HIDDEN), TP, 1)
-    tiles = -(-sum(SIZES) // TP // 32)
     takes = layer.quant_method._masked.takes
     weights = layer.weight, layer.weight_scale_inv
-    assert takes(torch.zeros(132 // tiles * 16, HIDDEN), *weights)
-    assert not takes(torch.zeros(132 // tiles * 16 + 1, HIDDEN), *weights)
+    # 6 tiles of 32 columns for 64 tokens, 22 times.
+    assert takes(torch.zeros(22 * 64, HIDDEN), *weights)
+    assert not takes(torch.zeros(22 * 64 + 1, HIDDEN), *weights)
     assert not takes(torch.zeros(0, HIDDEN), *weights)
 
 

@@ -19,14 +19,14 @@ from .input_quant import PaddedQuantFP8, launches_dependently
 from .masked_kernels import dependent_launch
 from .tiles import BLOCK
 
-TOKENS_PER_PROGRAM = 16
-COLUMNS_PER_PROGRAM = 32
-NUM_WARPS = 4
-NUM_STAGES = 3
-UNROLL = 4
+# Tokens and columns of a program; the first that needs few enough of them is used.
+TILES = (64, 16), (16, 32), (64, 32)
 # One for each multiprocessor of an H200. With more, vLLM's kernels are faster by more
 # than the launch that is saved.
 MAX_PROGRAMS = 132
+NUM_WARPS = 4
+NUM_STAGES = 3
+UNROLL = 4
 
 
 def multiplies_real_rows() -> bool:
@@ -34,6 +34,16 @@ def multiplies_real_rows() -> bool:
     if envs.VLLM_FP8_TP_PADDING == "padded" or envs.VLLM_BATCH_INVARIANT:
         return False
     return current_platform.is_cuda() and current_platform.is_device_capability(90)
+
+
+def tile_for(tokens: int, columns: int) -> tuple[int, int] | None:
+    """Return the tokens and columns of a program; None for too large a product."""
+    few = (t for t in TILES if _programs(tokens, columns, t) <= MAX_PROGRAMS)
+    return next(few, None)
+
+
+def _programs(tokens: int, columns: int, tile: tuple[int, int]) -> int:
+    return triton.cdiv(tokens, tile[0]) * triton.cdiv(columns, tile[1])
 
 
 class MaskedLinear:
@@ -72,9 +82,9 @@ class MaskedLinear:
             return False
         blocks = [size // BLOCK for size in weight.shape]
         tokens = x.numel() // x.shape[-1]
-        return (
-            list(scale.shape) == blocks and 0 < self._programs(tokens) <= MAX_PROGRAMS
-        )
+        if list(scale.shape) != blocks or not tokens:
+            return False
+        return tile_for(tokens, self.columns.total) is not None
 
     def __call__(
         self,
@@ -95,7 +105,8 @@ class MaskedLinear:
         y = x.new_empty((*x.shape[:-1], self.columns.total), dtype=self.out_dtype)
         codes, x_scale = self.quant_fp8(x.reshape(-1, x.shape[-1]))
         tokens, size = codes.shape
-        _masked_linear_kernel[(self._programs(tokens),)](
+        tile = tile_for(tokens, self.columns.total)
+        _masked_linear_kernel[(_programs(tokens, self.columns.total, tile),)](
             codes,
             x_scale,
             weight,
@@ -112,18 +123,14 @@ class MaskedLinear:
             K=size,
             HAS_BIAS=bias is not None,
             BLOCK=BLOCK,
-            TOKENS=TOKENS_PER_PROGRAM,
-            COLUMNS=COLUMNS_PER_PROGRAM,
+            TOKENS=tile[0],
+            COLUMNS=tile[1],
             NUM_STAGES=NUM_STAGES,
             UNROLL=math.gcd(UNROLL, size // BLOCK),
             num_warps=NUM_WARPS,
             **dependent_launch(launches_dependently()),
         )
         return y
-
-    def _programs(self, tokens: int) -> int:
-        tiles = triton.cdiv(self.columns.total, COLUMNS_PER_PROGRAM)
-        return triton.cdiv(tokens, TOKENS_PER_PROGRAM) * tiles
 
 
 @triton.jit(do_not_specialize=["tokens", "x_scale_group_stride"])
