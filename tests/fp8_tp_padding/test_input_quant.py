@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .tensor_parallel import rank_of, runs_kernels
-from .test_linear_loading import build
+from .test_linear_loading import build, load, matrix, run
 
 pytestmark = runs_kernels
 
@@ -132,3 +132,52 @@ def test_other_kernels_get_a_padded_input(monkeypatch, obstacle):
     method.apply(None, torch.ones(3, 80))
     (x,) = seen
     assert x.shape == (3, 256) and x[:, 80:160].eq(1).all() and x.sum() == 3 * 80
+
+
+@pytest.fixture
+def own_inputs(monkeypatch):
+    """Let vLLM choose a kernel like FlashInfer's on Hopper; return what it is given.
+
+    It quantizes by itself, and for many tokens vLLM would call another kernel.
+    """
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.kernels.linear.scaled_mm import BlockScaledMMLinearKernel
+    from vllm.platforms import current_platform
+
+    seen = []
+
+    class Own(linear.TritonFp8BlockScaledMMKernel):
+        apply_input_quant = False
+
+    class ByTokens(BlockScaledMMLinearKernel.Fp8BlockScaledDynamicMMLinearKernel):
+        base_type, fallback_type = Own, linear.TritonFp8BlockScaledMMKernel
+        apply_input_quant = False
+
+        def process_weights_after_loading(self, layer):
+            self.fallback.process_weights_after_loading(layer)
+
+        def apply_block_scaled_mm(self, A, B, As, Bs):
+            seen.append(A)
+            codes, scales = self.base.quant_fp8(A)
+            return self.fallback.apply_block_scaled_mm(codes, B, scales, Bs)
+
+    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS
+    monkeypatch.setitem(kernels, current_platform._enum, [ByTokens])
+    return seen
+
+
+@pytest.mark.parametrize("layer", [row_parallel, column_parallel])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_where_the_kernel_depends_on_tokens(monkeypatch, own_inputs, layer, compiling):
+    """The one for many pads while it quantizes. Compiled columns are vLLM's choice."""
+    layer = layer()
+    method = layer.quant_method
+    rows, columns = (256, 640) if method.layout.pads_input else (640, 256)
+    load(layer, {None: matrix(rows, columns, seed=0)})
+    monkeypatch.setattr(method, "_masked", None)
+    x = torch.randint(-1, 2, (3, layer.input_size_per_partition)).bfloat16()
+    y = run(layer, x, 8, 1)
+    assert not own_inputs and y.shape == (3, layer.output_size_per_partition)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert torch.equal(method.apply(layer, x), y)
+    assert len(own_inputs) == (compiling and not method.layout.pads_input)

@@ -19,17 +19,26 @@ from .window import Window
 TOKENS_PER_PROGRAM = 8
 
 
-def quantizes_input(kernel: object, window: Window) -> bool:
-    """Whether ``PaddedQuantFP8`` can be the ``quant_fp8`` of a linear kernel.
+def quantizing_kernel(
+    kernel: object, window: Window
+) -> Fp8BlockScaledMMLinearKernel | None:
+    """Return a linear kernel whose ``quant_fp8`` can be a ``PaddedQuantFP8``.
 
-    False where an input must be padded beforehand: the kernel takes it as it is, or
-    in a layout of scales that ``PaddedQuantFP8`` does not write.
+    That is ``kernel``, or the one which it calls for many tokens and which takes the
+    same weights, as FlashInfer's does DeepGEMM's. None where an input must be padded
+    beforehand: it is taken as it is, or in a layout of scales that
+    ``PaddedQuantFP8`` does not write.
 
     Args:
         kernel: The one that ``Fp8LinearMethod`` chose.
         window: Where the input lies in the padded one.
 
     """
+    kernels = kernel, getattr(kernel, "fallback", None)
+    return next((k for k in kernels if _quantizes_input(k, window)), None)
+
+
+def _quantizes_input(kernel: object, window: Window) -> bool:
     stock = Fp8BlockScaledMMLinearKernel
     if not current_platform.is_cuda() or not isinstance(kernel, stock):
         return False

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMeth
 
 from . import engagement
 from .columns import PaddedColumns, RealColumns
-from .input_quant import PaddedQuantFP8, quantizes_input
+from .input_quant import PaddedQuantFP8, quantizing_kernel
 from .linear_layout import LinearLayout, has_stock_loader, linear_layout
 from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
 from .masked_linear import MaskedLinear, multiplies_real_rows
@@ -84,10 +84,10 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         self._real_columns = RealColumns(outputs)
         self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
         self._masked = None
-        if quantizes_input(self.fp8_linear, inputs):
-            quant_fp8 = PaddedQuantFP8(self.fp8_linear.quant_fp8, inputs)
-            self.fp8_linear.quant_fp8 = quant_fp8
-            self._pad = None
+        self._quantizing = quantizing_kernel(self.fp8_linear, inputs)
+        if self._quantizing is not None:
+            quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
+            self._quantizing.quant_fp8 = quant_fp8
             if not self.layout.pads_input and multiplies_real_rows():
                 out_dtype = self.fp8_linear.config.out_dtype
                 self._masked = MaskedLinear(self._real_columns, quant_fp8, out_dtype)
@@ -136,15 +136,25 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         x: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if self._pad is not None:
-            x = self._pad(x)
         if self.layout.pads_input:
-            return super().apply(layer, x, bias)
+            return self._product(layer, x, bias)
         if self._masked is not None:
             weights = layer.weight, layer.weight_scale_inv
             if self._masked.takes(x, *weights):
                 return self._masked(x, *weights, bias)
-        return self._real_columns(super().apply(layer, x, None), bias)
+        return self._real_columns(self._product(layer, x), bias)
+
+    def _product(self, layer, x, bias=None) -> torch.Tensor:
+        """Multiply with the padded weight.
+
+        Columns under torch.compile: with the kernel that vLLM chose, whose operators
+        its passes know. Otherwise with the one that pads while it quantizes.
+        """
+        if self._quantizing is None:
+            return super().apply(layer, x if self._pad is None else self._pad(x), bias)
+        if torch.compiler.is_compiling() and not self.layout.pads_input:
+            return super().apply(layer, x, bias)
+        return self._quantizing.apply_weights(layer, x, bias)
 
     def _record(self, layer: torch.nn.Module) -> None:
         rows, columns = layer.weight.shape
