@@ -90,7 +90,9 @@ def of_fp8_values(x: torch.Tensor, lead: int) -> torch.Tensor:
 
 
 def _requantized(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
-    scale = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10) / FP8_MAX
+    largest = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
+    # By a tensor: on a GPU, torch multiplies by the reciprocal of a number.
+    scale = largest / torch.full_like(largest, FP8_MAX)
     if powers_of_two:
         scale = scale.log2().ceil().exp2()
     # A product, as in vLLM's kernels: a quotient rounds some ties otherwise.

@@ -191,8 +191,8 @@ def test_column_parallel_layers_launch_it_once(monkeypatch, has_bias):
     assert total == y.shape[-1] == 80 and bias is layer.bias
 
 
-def test_marlin_leaves_the_bias_of_padded_columns_alone(monkeypatch):
-    """It wants one as wide as the padded output, to permute it."""
+def test_marlin_leaves_the_bias_and_widths_of_padded_columns_alone(monkeypatch):
+    """It wants a bias as wide as the padded output, to permute it."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8
     from vllm.platforms import current_platform
@@ -212,3 +212,5 @@ def test_marlin_leaves_the_bias_of_padded_columns_alone(monkeypatch):
     layer.bias.weight_loader(layer.bias, torch.arange(640.0))
     layer.quant_method.process_weights_after_loading(layer)
     assert layer.bias.tolist() == list(range(80, 160))
+    # Models may read the sizes of the shards; Marlin reads the sizes of all.
+    assert layer.logical_widths == [80] and layer.output_size_per_partition == 256

@@ -80,7 +80,10 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             params_dtype,
             **extra_weight_attrs,
         )
-        self._set_sizes(layer, input_size_per_partition, output_partition_sizes)
+        # The real ones, by which vLLM allocates the bias.
+        layer.logical_widths = output_partition_sizes
+        rows = sum(output_partition_sizes)
+        self._set_sizes(layer, input_size_per_partition, rows)
         self._real_columns = RealColumns(outputs)
         self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
         self._masked = None
@@ -121,7 +124,7 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         if self.use_marlin:
             # Marlin takes its sizes from the layer, now and in each call.
             rows = sum(window.span for window in self.layout.output_windows())
-            self._set_sizes(layer, self.layout.input_window().span, [rows])
+            self._set_sizes(layer, self.layout.input_window().span, rows)
         bias = layer.bias
         if not self.layout.pads_input:
             # Marlin would permute it for the padded output; apply() adds it later.
@@ -170,8 +173,6 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             engagement.record(size, len(shards) * bytes_each)
 
     @staticmethod
-    def _set_sizes(layer: torch.nn.Module, inputs: int, outputs: list[int]) -> None:
-        """Show the real sizes to vLLM, which allocates the bias by them."""
-        layer.logical_widths = outputs
-        layer.input_size_per_partition = inputs
-        layer.output_size_per_partition = sum(outputs)
+    def _set_sizes(layer: torch.nn.Module, columns: int, rows: int) -> None:
+        layer.input_size_per_partition = columns
+        layer.output_size_per_partition = rows
