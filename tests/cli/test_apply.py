@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,17 @@ def test_dry_run_writes_nothing(tree, capsys):
     assert main(["apply", str(tree), "--reverse", "--dry-run"]) == 0
     assert f"would remove {LIBRARY}/moe.py\n" in capsys.readouterr().out
     assert snapshot(tree) == patched
+
+
+def test_a_reader_that_has_read_enough(tree):
+    """Such as `head`: no traceback."""
+    script = "import sys; from vllm_patch.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", script, "apply", str(tree), "--dry-run"]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def git(folder: Path, *arguments: str) -> str:

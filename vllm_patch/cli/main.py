@@ -2,6 +2,7 @@
 """Entry point of ``vllm-patch``."""
 
 import argparse
+import os
 import signal
 import sys
 
@@ -27,7 +28,13 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Such as `head`, which has read enough; the interpreter would flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UsageError as error:
         print(f"vllm-patch {args.command}: {error}", file=sys.stderr)
         return 2
