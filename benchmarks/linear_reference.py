@@ -7,8 +7,6 @@ import torch
 from benchmarks.linear_cases import BLOCK, FP8, Case, Quantized, round_up
 
 FP8_MAX = 448
-# From so many on, FlashInfer's kernel in vLLM calls DeepGEMM.
-FLASHINFER_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -17,31 +15,26 @@ class Arithmetic:
 
     Attributes:
         quantizes: It takes FP8 activations, with a scale for each group of 128.
-        input_powers_of_two: It rounds their scales up to powers of two.
-        weight_powers_of_two: It does so with the weight's, and quantizes that again,
+        powers_of_two: It rounds all scales up to powers of two and quantizes again,
             as DeepGEMM does by default.
         bfloat16_scales: It rounds weight scales to bfloat16, as Marlin does.
 
     """
 
     quantizes: bool
-    input_powers_of_two: bool
-    weight_powers_of_two: bool
+    powers_of_two: bool
     bfloat16_scales: bool
 
     @classmethod
-    def of(cls, layer: torch.nn.Module, tokens: int) -> "Arithmetic":
-        """Return what ``layer`` does with an input of so many tokens."""
+    def of(cls, layer: torch.nn.Module) -> "Arithmetic":
         kernel = layer.quant_method.fp8_linear
         quantizes = hasattr(kernel, "apply_block_scaled_mm")
-        # FlashInfer's multiplies few tokens itself, by weights made for DeepGEMM.
-        deep_gemm = getattr(kernel, "fallback", kernel)
-        is_deep_gemm = deep_gemm is kernel or tokens >= FLASHINFER_TOKENS
-        powers_of_two = quantizes and deep_gemm.quant_fp8.use_ue8m0
+        # FlashInfer's multiplies by weights made for DeepGEMM. How it rounds inputs
+        # does not matter: it is given what needs no rounding.
+        made_for = getattr(kernel, "fallback", kernel)
         return cls(
             quantizes=quantizes,
-            input_powers_of_two=powers_of_two and is_deep_gemm,
-            weight_powers_of_two=powers_of_two,
+            powers_of_two=quantizes and made_for.quant_fp8.use_ue8m0,
             bfloat16_scales=not quantizes,
         )
 
@@ -50,7 +43,7 @@ class Arithmetic:
         if not self.quantizes:
             return x
         groups = x.unflatten(-1, (-1, BLOCK))
-        return _requantized(groups, -1, self.input_powers_of_two).flatten(-2)
+        return _requantized(groups, -1, self.powers_of_two).flatten(-2)
 
     def weights(self, weight: torch.Tensor, lead: tuple[int, int]) -> torch.Tensor:
         """Return what is left of a rank's ``[rows, columns]``.
@@ -60,7 +53,7 @@ class Arithmetic:
             lead: Where its first row and column are in their blocks.
 
         """
-        if not self.weight_powers_of_two:
+        if not self.powers_of_two:
             return weight
         rows, columns = weight.shape
         padded = _on_grid(_on_grid(weight, lead[1]).T, lead[0]).T

@@ -76,12 +76,7 @@ def test_the_reference_rounds_scales_as_vllm_does_for_deep_gemm(lead):
     stored.weight[: lead[0]] = 0
     stored.weight[:, : lead[1]] = 0
     mine = stored.dequantized()[lead[0] :, lead[1] :]
-    arithmetic = Arithmetic(
-        quantizes=True,
-        input_powers_of_two=True,
-        weight_powers_of_two=True,
-        bfloat16_scales=False,
-    )
+    arithmetic = Arithmetic(quantizes=True, powers_of_two=True, bfloat16_scales=False)
     left = arithmetic.weights(mine, lead)
     assert not torch.equal(left, mine)
     fp8_utils.requant_weight_ue8m0_inplace(stored.weight, stored.scale)
@@ -95,10 +90,7 @@ def test_activations_that_no_quantization_rounds(lead):
     assert exact.dtype == x.dtype and (exact - x).norm() < 0.2 * x.norm()
     for powers_of_two in (False, True):
         arithmetic = Arithmetic(
-            quantizes=True,
-            input_powers_of_two=powers_of_two,
-            weight_powers_of_two=True,
-            bfloat16_scales=False,
+            quantizes=True, powers_of_two=powers_of_two, bfloat16_scales=False
         )
         padded = torch.nn.functional.pad(exact.float(), (lead, 256 - 200 - lead))
         assert torch.equal(arithmetic.activations(padded), padded)

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The kernel that pads and quantizes, against padding first and vLLM's own."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -169,7 +171,7 @@ def own_inputs(monkeypatch):
 @pytest.mark.parametrize("layer", [row_parallel, column_parallel])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_where_the_kernel_depends_on_tokens(monkeypatch, own_inputs, layer, compiling):
-    """The one for many pads while it quantizes. Compiled columns are vLLM's choice."""
+    """It is the one for many. Compiled columns are vLLM's choice."""
     layer = layer()
     method = layer.quant_method
     rows, columns = (256, 640) if method.layout.pads_input else (640, 256)
@@ -181,3 +183,18 @@ def test_where_the_kernel_depends_on_tokens(monkeypatch, own_inputs, layer, comp
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     assert torch.equal(method.apply(layer, x), y)
     assert len(own_inputs) == (compiling and not method.layout.pads_input)
+
+
+def test_few_tokens_where_the_kernel_depends_on_them(monkeypatch, own_inputs):
+    layer = column_parallel()
+    load(layer, {None: matrix(640, 256, seed=0)})
+    x = torch.randn(3, 256).bfloat16()
+    y = run(layer, x, 8, 1)
+    product = layer.quant_method._masked
+    called = mock.Mock(side_effect=product.__call__, takes=product.takes)
+    monkeypatch.setattr(layer.quant_method, "_masked", called)
+    assert torch.equal(layer.quant_method.apply(layer, x), y)
+    assert called.call_count == 1 and not own_inputs
+    monkeypatch.setattr(layer.quant_method, "_masked", None)
+    other = layer.quant_method.apply(layer, x)
+    assert (y - other).abs().max() <= 0.01 * other.abs().max()

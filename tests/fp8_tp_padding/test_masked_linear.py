@@ -96,7 +96,7 @@ def test_the_output_has_the_layers_dtype(products):
 @pytest.mark.parametrize(
     "columns, tokens, tile",
     [
-        # 132 programs at most, and small ones first.
+        # 132 programs at most, and those of fewest columns first.
         (2432, 1, (16, 32)),
         (2432, 16, (16, 32)),
         (2432, 17, (64, 32)),

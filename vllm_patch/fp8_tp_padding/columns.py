@@ -31,7 +31,8 @@ class RealColumns:
     def __init__(self, windows: Sequence[Window]):
         ends = [sum(w.span for w in windows[: i + 1]) for i in range(len(windows))]
         self.total = sum(window.size for window in windows)
-        self.pieces = [(window.lead, window.size, window.span) for window in windows]
+        places = {(window.lead, window.size, window.span) for window in windows}
+        self.alike = windows[0] if len(places) == 1 else None
         self.slices = [
             (end - window.span + window.lead, window.size)
             for end, window in zip(ends, windows, strict=True)
@@ -60,12 +61,12 @@ class RealColumns:
         return real if bias is None else real + bias
 
     def _taken(self, output: torch.Tensor) -> torch.Tensor:
-        if len(set(self.pieces)) > 1:
-            return torch.cat([output.narrow(-1, *piece) for piece in self.slices], -1)
-        # Inductor reads alike pieces where they lie. What follows torch.cat loads
-        # each of them, under a mask.
-        lead, size, span = self.pieces[0]
-        shards = output.unflatten(-1, (len(self.pieces), span))
+        if self.alike is None:
+            return torch.cat([output.narrow(-1, *part) for part in self.slices], -1)
+        # Inductor reads alike shards where they lie. What follows torch.cat loads
+        # all of them, under masks.
+        lead, size = self.alike.lead, self.alike.size
+        shards = output.unflatten(-1, (-1, self.alike.span))
         return shards.narrow(-1, lead, size).flatten(-2).contiguous()
 
 
@@ -163,7 +164,7 @@ def _copy_kernel(
         x_ptr + token[:, None] * x_token_stride + source[None, :] * x_column_stride,
         mask=exists & real[None, :],
         other=0.0,
-        eviction_policy="evict_first",  # Nobody reads it again.
+        eviction_policy="evict_first",  # What comes next reads y.
     )
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=column < TOTAL, other=0.0)

@@ -7,6 +7,9 @@ import functools
 import torch
 
 from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import (
+    Fp8BlockScaledDynamicMMLinearKernel,
+)
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
@@ -24,8 +27,8 @@ def quantizing_kernel(
 ) -> Fp8BlockScaledMMLinearKernel | None:
     """Return a linear kernel whose ``quant_fp8`` can be a ``PaddedQuantFP8``.
 
-    That is ``kernel``, or the one which it calls for many tokens and which takes the
-    same weights, as FlashInfer's does DeepGEMM's. None where an input must be padded
+    That is ``kernel``, or the one to which it leaves large batches, with the same
+    weights, as FlashInfer's does to DeepGEMM. None where an input must be padded
     beforehand: it is taken as it is, or in a layout of scales that
     ``PaddedQuantFP8`` does not write.
 
@@ -34,8 +37,9 @@ def quantizing_kernel(
         window: Where the input lies in the padded one.
 
     """
-    kernels = kernel, getattr(kernel, "fallback", None)
-    return next((k for k in kernels if _quantizes_input(k, window)), None)
+    if isinstance(kernel, Fp8BlockScaledDynamicMMLinearKernel):
+        kernel = kernel.fallback
+    return kernel if _quantizes_input(kernel, window) else None
 
 
 def _quantizes_input(kernel: object, window: Window) -> bool:
@@ -54,7 +58,7 @@ def _quantizes_input(kernel: object, window: Window) -> bool:
     )
 
 
-# Each call of a layer asks, and vLLM asks the driver.
+# Each call of a layer asks, and vLLM asks torch.
 @functools.cache
 def launches_dependently() -> bool:
     """Whether kernels of linear layers start while the ones before them end."""

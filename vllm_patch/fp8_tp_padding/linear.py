@@ -85,9 +85,10 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         rows = sum(output_partition_sizes)
         self._set_sizes(layer, input_size_per_partition, rows)
         self._real_columns = RealColumns(outputs)
-        self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
-        self._masked = None
+        self._pad = self._masked = None
         self._quantizing = quantizing_kernel(self.fp8_linear, inputs)
+        if self._quantizing is None and self.layout.pads_input:
+            self._pad = PaddedColumns(inputs)
         if self._quantizing is not None:
             quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
             self._quantizing.quant_fp8 = quant_fp8
@@ -150,12 +151,13 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
     def _product(self, layer, x, bias=None) -> torch.Tensor:
         """Multiply with the padded weight.
 
-        Columns under torch.compile: with the kernel that vLLM chose, whose operators
-        its passes know. Otherwise with the one that pads while it quantizes.
+        With the kernel whose input we quantize, if there is one, but for columns
+        under torch.compile: they need no padded input, and launch what stock does.
         """
-        if self._quantizing is None:
-            return super().apply(layer, x if self._pad is None else self._pad(x), bias)
-        if torch.compiler.is_compiling() and not self.layout.pads_input:
+        if self._pad is not None:
+            x = self._pad(x)
+        is_stock = torch.compiler.is_compiling() and not self.layout.pads_input
+        if self._quantizing is None or is_stock:
             return super().apply(layer, x, bias)
         return self._quantizing.apply_weights(layer, x, bias)
 

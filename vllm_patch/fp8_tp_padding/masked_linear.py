@@ -13,17 +13,15 @@ import torch
 import vllm.envs as envs
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
+from vllm.utils.platform_utils import num_compute_units
 
 from .columns import RealColumns, source_of
 from .input_quant import PaddedQuantFP8, launches_dependently
 from .masked_kernels import dependent_launch
 from .tiles import BLOCK
 
-# Tokens and columns of a program; the first that needs few enough of them is used.
+# Tokens and columns of a program, those of fewest columns first.
 TILES = (64, 16), (16, 32), (64, 32)
-# One for each multiprocessor of an H200. With more, vLLM's kernels are faster by more
-# than the launch that is saved.
-MAX_PROGRAMS = 132
 NUM_WARPS = 4
 NUM_STAGES = 3
 UNROLL = 4
@@ -37,9 +35,13 @@ def multiplies_real_rows() -> bool:
 
 
 def tile_for(tokens: int, columns: int) -> tuple[int, int] | None:
-    """Return the tokens and columns of a program; None for too large a product."""
-    few = (t for t in TILES if _programs(tokens, columns, t) <= MAX_PROGRAMS)
-    return next(few, None)
+    """Return the tokens and columns of a program; None for too large a product.
+
+    That is one with more programs than multiprocessors: vLLM's kernels are then
+    faster by more than the launch that is saved.
+    """
+    most = num_compute_units()
+    return next((t for t in TILES if _programs(tokens, columns, t) <= most), None)
 
 
 def _programs(tokens: int, columns: int, tile: tuple[int, int]) -> int:
@@ -67,7 +69,7 @@ class MaskedLinear:
         self.out_dtype = out_dtype
 
     def takes(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-        """Whether this computes what the padded product does, in less time.
+        """Whether this computes what the padded product does, in fewer launches.
 
         Never while torch.compile traces: Inductor folds the taking of columns into
         what comes after, and the product stays vLLM's.
