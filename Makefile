@@ -21,11 +21,15 @@ TEST := .venv-test
 # Most of vLLM's start is compiling its modules, where Python may not keep them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all patches check-patches test-patches kernels lint clean
+.PHONY: demo amx test test-all patches check-patches test-patches kernels lint clean
 
 # Real engine, Qwen3-MoE of 1536 columns at TP 8: stock fails, patched serves.
-demo: $(DEMO)/ready
+demo: amx $(DEMO)/ready
 	$(DEMO)/bin/vllm-patch parity --config $(MODEL) --tp $(TP)
+
+amx:
+	@grep -q amx_tile /proc/cpuinfo || \
+	  { echo "make demo needs a CPU with AMX, for vLLM's FP8 experts." >&2; exit 1; }
 
 # Lint, kernels, the real classes of $(RELEASES), then the real engine.
 test: lint kernels

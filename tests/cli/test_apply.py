@@ -294,10 +294,17 @@ def test_half_applied(tree, series, capsys, reverse):
     git(tree, "apply", str(series.patches[0]))
     before = snapshot(tree)
     message = refused(capsys, tree, *reverse)
-    assert "has a part of the patches, in " in message
+    assert "has a part of the patches, only " in message
     assert f" setup.py, {LIBRARY}/__init__.py" in message
     assert "Restore vLLM's own files" in message
     assert snapshot(tree) == before
+
+
+def test_one_file_is_missing(tree, capsys):
+    main(["apply", str(tree)])
+    (tree / LIBRARY / "moe.py").unlink()
+    message = refused(capsys, tree)
+    assert f"has a part of the patches, all but {LIBRARY}/moe.py. " in message
 
 
 def test_a_folder_left_over_by_an_upgrade(tree, capsys):

@@ -120,6 +120,18 @@ def test_no_parity_says_why(engine, model, capsys, role, result, failure):
     assert capsys.readouterr().out.endswith(f"NO PARITY: {failure}\n")
 
 
+@pytest.mark.parametrize(
+    ("role", "runs"), [("stock TP 1", 1), ("stock TP 4 (control)", 2)]
+)
+def test_it_stops_where_nothing_can_be_judged(engine, model, capsys, role, runs):
+    engine.results[role] = (None, "OSError: gone", None)
+    assert run(model) == 1
+    assert len(engine.asked) == runs
+    assert capsys.readouterr().out.endswith(
+        f"NO PARITY: {role} failed: OSError: gone\n"
+    )
+
+
 def test_stock_may_serve_too(engine, model):
     """From 0.29 on stock has a slower way on some GPUs."""
     engine.results["stock TP 8"] = (SCORES, None, None)
@@ -221,6 +233,8 @@ def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
         (["--timeout", "0"], "--timeout 0.0: give a positive number"),
         (["--tp", "4"], "--tp 4 keeps the quant blocks of"),
         (["--tp", "7"], "--tp 7 does not divide experts of 1536 columns"),
+        (["--tp", "16"], "--tp 16 does not divide 8 attention heads"),
+        (["--engine-args", '{"model": "x"}'], "--engine-args sets model, which parity"),
         (["--baseline-tp", "8"], "--baseline-tp 8 cuts quant blocks of"),
         (["--control-tp", "16"], "--control-tp 16 cuts quant blocks of"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),

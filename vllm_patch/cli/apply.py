@@ -156,8 +156,10 @@ def _is_applied(tree: VllmTree, series: Series) -> bool:
             f"as in vLLM {series.release} nor as these patches leave them. {RESTORE}."
         )
     if state is State.MIXED:
-        raise UsageError(
-            f"{tree.root} has a part of the patches, in "
-            f"{', '.join(tree.patched(series))}. {RESTORE}."
-        )
+        there = tree.patched(series)
+        missing = [path for path in series.contents if path not in there]
+        part = f"all but {', '.join(missing)}"
+        if len(there) < len(missing):
+            part = f"only {', '.join(there)}"
+        raise UsageError(f"{tree.root} has a part of the patches, {part}. {RESTORE}.")
     return state is State.APPLIED

@@ -85,6 +85,14 @@ class ModelConfig:
         """Return the config with experts of ``size`` columns."""
         return self._with_text(**{self._expert_size_field: size})
 
+    def undivided(self, tp: int) -> str | None:
+        """Return what cannot be shared out evenly among ``tp`` ranks, or None."""
+        size = self.expert_size or self.text.get("intermediate_size", tp)
+        if size % tp:
+            return f"{'experts' if self.expert_size else 'an MLP'} of {size} columns"
+        heads = self.text.get("num_attention_heads", tp)
+        return f"{heads} attention heads" if heads % tp else None
+
     def cuts_experts(self, tp: int) -> bool:
         """Whether ``tp`` cuts an expert inside a quant block."""
         size = self.expert_size

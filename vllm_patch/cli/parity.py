@@ -114,6 +114,11 @@ def _check(args: argparse.Namespace) -> None:
             f"--model {args.model}: give a local folder with config.json and weights; "
             "parity downloads nothing."
         )
+    for name in sorted({"model", "tensor_parallel_size"} & args.engine_args.keys()):
+        raise UsageError(
+            f"--engine-args sets {name}, which parity chooses for each run: use "
+            "--model, --config and --tp."
+        )
     if args.json and args.json.is_dir():
         raise UsageError(f"--json {args.json}: give a file, not a folder.")
     if args.json and not args.json.absolute().parent.is_dir():
@@ -148,10 +153,11 @@ def _processes(
             f"--tp {args.tp} keeps the quant blocks of {config.path} whole: stock vLLM "
             "serves it, and there is nothing to compare."
         )
-    if config.expert_size and config.expert_size % args.tp:
-        raise UsageError(
-            f"--tp {args.tp} does not divide experts of {config.expert_size} columns."
-        )
+    for option in ("tp", "baseline_tp", "control_tp"):
+        size = getattr(args, option)
+        if size and (undivided := config.undivided(size)):
+            name = option.replace("_", "-")
+            raise UsageError(f"--{name} {size} does not divide {undivided}.")
     control_tp = args.control_tp or _control_tp(config, args.tp, args.baseline_tp)
     if control_tp == args.baseline_tp:
         raise UsageError(
@@ -253,6 +259,8 @@ def _run_all(
         result = engine_process.run(process, prompts, logs, timeout)
         _say(f"      {result.seconds:.0f} s: {result.error or 'done'}")
         results[role] = process, result
+        if result.error and role in ("baseline", "control"):
+            break  # Nothing could be judged by it.
     return results
 
 
@@ -261,7 +269,7 @@ def _say(line: str) -> None:
 
 
 class _Verdict:
-    """The four results, compared."""
+    """The results, compared; the later runs are missing if a measure failed."""
 
     def __init__(self, results: dict[str, tuple[EngineProcess, EngineResult]]):
         self.results = results
@@ -314,11 +322,11 @@ class _Verdict:
                 _row(width, process.label, outcome, *gaps, f"{result.seconds:.0f}")
             )
         lines.append("")
-        stock_process, stock = self.results["stock"]
-        if stock.error:
-            lines.append(f"{stock_process.label}: {stock.error}")
-        if padding := self.results["patched"][1].padding:
-            lines.append(padding)
+        for role, (process, result) in self.results.items():
+            if role == "stock" and result.error:
+                lines.append(f"{process.label}: {result.error}")
+            if role == "patched" and result.padding:
+                lines.append(result.padding)
         if "control" in self.differences:
             mean, most = comparison.limits(self.differences["control"])
             lines.append(f"limits, nats: mean {mean:.4f}, max {most:.4f}")
