@@ -272,9 +272,11 @@ def test_a_terminated_run_leaves_nothing_behind(tmp_path, number):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(QWEN3_MOE.read_text())
     script = f"""
-import sys
+import signal, sys
 from vllm_patch import plugin
 from vllm_patch.cli import engine_process, main
+# Under nohup it is ignored, as it then should be.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 plugin.unsupported = lambda: None
 engine_process.sys.executable = {str(child)!r}
 sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8"]))
@@ -284,8 +286,11 @@ sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8
         deadline = time.monotonic() + 60
         while not (tmp_path / "engine").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        job.send_signal(number)
-        assert job.wait(30) == 128 + number
+        try:
+            job.send_signal(number)
+            assert job.wait(30) == 128 + number
+        finally:
+            job.kill()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "engine").read_text()), 0)
     assert not list(tmp_path.glob("vllm-patch-parity-*"))
