@@ -14,6 +14,7 @@ from .input_quant import PaddedQuantFP8, quantizing_kernel
 from .linear_layout import LinearLayout, has_stock_loader, linear_layout
 from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
 from .masked_linear import MaskedLinear, multiplies_real_rows
+from .window import Window
 
 
 def padded_layout(
@@ -85,16 +86,7 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         rows = sum(output_partition_sizes)
         self._set_sizes(layer, input_size_per_partition, rows)
         self._real_columns = RealColumns(outputs)
-        self._pad = self._masked = None
-        self._quantizing = quantizing_kernel(self.fp8_linear, inputs)
-        if self._quantizing is None and self.layout.pads_input:
-            self._pad = PaddedColumns(inputs)
-        if self._quantizing is not None:
-            quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
-            self._quantizing.quant_fp8 = quant_fp8
-            if not self.layout.pads_input and multiplies_real_rows():
-                out_dtype = self.fp8_linear.config.out_dtype
-                self._masked = MaskedLinear(self._real_columns, quant_fp8, out_dtype)
+        self._choose_kernels(inputs)
         totals = [output.total for output in self.layout.outputs]
         block = self.weight_block_size[0]
         self._parameters = [
@@ -115,6 +107,19 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             )
 
         self._record(layer)
+
+    def _choose_kernels(self, inputs: Window) -> None:
+        """Decide where inputs are padded, and whether few tokens take their own."""
+        self._pad = self._masked = None
+        self._quantizing = quantizing_kernel(self.fp8_linear, inputs)
+        if self._quantizing is None:
+            self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
+            return
+        quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
+        self._quantizing.quant_fp8 = quant_fp8
+        if not self.layout.pads_input and multiplies_real_rows():
+            out_dtype = self.fp8_linear.config.out_dtype
+            self._masked = MaskedLinear(self._real_columns, quant_fp8, out_dtype)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         engagement.report(layer.tp_rank)
