@@ -13,7 +13,7 @@ import pytest
 from tests.cli.test_model_config import QWEN3_MOE
 from vllm_patch import plugin
 from vllm_patch.cli import engine_process, parity
-from vllm_patch.cli.engine_process import EngineResult
+from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
 from vllm_patch.cli.model_config import ModelConfig
 
@@ -294,6 +294,28 @@ sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "engine").read_text()), 0)
     assert not list(tmp_path.glob("vllm-patch-parity-*"))
+
+
+def test_a_signal_as_soon_as_the_engine_starts(tmp_path, monkeypatch):
+    """Before anything waits for it: it is ended all the same."""
+    engines = []
+
+    class Signalled(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(["sleep", "600"], start_new_session=True)
+            engines.append(self)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(engine_process.subprocess, "Popen", Signalled)
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
+    try:
+        with pytest.raises(SystemExit, match=str(int(signal.SIGTERM))):
+            engine_process.run(EngineProcess("stock", {}), [], tmp_path, 60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        left = engines[0].poll() is None
+        engines[0].kill()
+    assert not left
 
 
 def test_a_folder_without_a_model(engine, tmp_path, capsys):

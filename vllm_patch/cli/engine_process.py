@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 HEARTBEAT_SECONDS = 30
+POLL_SECONDS = 0.5
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # vLLM logs some errors that it survives as warnings.
 _ERROR_LINE = re.compile(
     r"^(?!.*\bWARNING\b).*?(?:^|\s)"
@@ -88,7 +91,7 @@ def run(
     spec.write_text(json.dumps({"engine": process.engine, "prompts": prompts}))
     command = [sys.executable, "-m", "vllm_patch.cli.engine_run", str(spec), str(out)]
     started = time.monotonic()
-    with log.open("w") as sink:
+    with log.open("w") as sink, _noted_signals() as signals:
         child = subprocess.Popen(
             command,
             stdout=sink,
@@ -96,7 +99,7 @@ def run(
             env=environment(process.patched),
             start_new_session=True,
         )
-        in_time = _wait(child, started + timeout)
+        in_time = _wait(child, started + timeout, signals)
     text = log.read_text(errors="replace")
     scores = json.loads(out.read_text()) if out.exists() else None
     return EngineResult(
@@ -136,15 +139,39 @@ def _other_plugins() -> list[str]:
     return sorted({name for name in names if name and name != plugin.NAME})
 
 
-def _wait(child: subprocess.Popen, deadline: float) -> bool:
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Note the signals that would end this process, and handle the first at the end.
+
+    Handled at once, one between the start of the engine and the wait for it would
+    leave the engine behind.
+    """
+    noted: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    for number, handler in handlers.items():
+        # nohup ignores SIGHUP.
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if noted:
+        signal.raise_signal(noted[0])
+
+
+def _wait(child: subprocess.Popen, deadline: float, signals: list[int]) -> bool:
     """Wait for the child and its workers; return False if they had to be killed."""
     started = time.monotonic()
+    heartbeat = started + HEARTBEAT_SECONDS
     try:
-        while time.monotonic() < deadline:
-            try:
-                child.wait(HEARTBEAT_SECONDS)
+        while not signals and time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(POLL_SECONDS)
                 return True
-            except subprocess.TimeoutExpired:
+            if time.monotonic() > heartbeat:
+                heartbeat += HEARTBEAT_SECONDS
                 seconds = time.monotonic() - started
                 print(f"      ... {seconds:.0f} s", file=sys.stderr, flush=True)
         return False
