@@ -120,12 +120,13 @@ def linear_kernels(arch: int) -> Iterator[tuple[str, int, dict]]:
     sizes = {
         "TOKENS": columns.TOKENS_PER_PROGRAM,
         "COLUMNS": columns.COLUMNS_PER_PROGRAM,
+        "USE_PDL": arch >= 90,
     }
     yield "_copy_kernel", 4, sizes
-    for tokens, columns_each in masked_linear.TILES if arch == 90 else ():
+    if arch == 90:
         sizes = {
-            "TOKENS": tokens,
-            "COLUMNS": columns_each,
+            "TOKENS": masked_linear.MAX_TOKENS,
+            "COLUMNS": masked_linear.COLUMNS_PER_PROGRAM,
             "NUM_STAGES": masked_linear.NUM_STAGES,
             "UNROLL": masked_linear.UNROLL,
             "USE_PDL": True,

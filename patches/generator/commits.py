@@ -63,6 +63,7 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
         sources=(
             "vllm_patch/fp8_tp_padding/__init__.py",
             "vllm_patch/fp8_tp_padding/configs/*.json",
+            "vllm_patch/fp8_tp_padding/dependent_launch.py",
             "vllm_patch/fp8_tp_padding/masked_experts.py",
             "vllm_patch/fp8_tp_padding/masked_kernels.py",
             "vllm_patch/fp8_tp_padding/masked_moe.py",

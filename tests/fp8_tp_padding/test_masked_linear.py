@@ -46,14 +46,9 @@ def padded_output(layer, x, bias, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 7, 0, 2, 3, 4, 6])
-@pytest.mark.parametrize("tile", [(64, 16), (16, 32), (64, 32)])
-# One; one more than a program has.
-@pytest.mark.parametrize("tokens", [1, 65])
-def test_it_is_the_padded_product(products, monkeypatch, rank, tile, tokens):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import masked_linear
-
-    assert tile in masked_linear.TILES
-    monkeypatch.setattr(masked_linear, "TILES", [tile])
+# One, some, and all that a program takes.
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_it_is_the_padded_product(products, monkeypatch, rank, tokens):
     layer = loaded(rank)
     x = torch.randn(tokens, HIDDEN) * torch.logspace(-3, 3, HIDDEN)
     y = run(layer, x, TP, rank)
@@ -94,36 +89,34 @@ def test_the_output_has_the_layers_dtype(products):
 
 
 @pytest.mark.parametrize(
-    "columns, tokens, tile",
+    "columns, k, takes",
     [
-        # 132 programs at most, and those of fewest columns first.
-        (2432, 1, (16, 32)),
-        (2432, 16, (16, 32)),
-        (2432, 17, (64, 32)),
-        (2432, 64, (64, 32)),
-        (2432, 65, None),
-        (320, 1, (64, 16)),
-        (320, 256, (64, 16)),
-        (320, 4096, None),
-        (128, 1024, (64, 16)),
+        (2432, 2560, True),
+        (2736, 2048, True),
+        (320, 1536, True),
+        # K is too large for one program.
+        (320, 2688, False),
+        # Programs of 32 columns, one for each of the 132 multiprocessors and one more.
+        (4224, 2560, True),
+        (4225, 2560, False),
     ],
 )
-def test_its_tiles(columns, tokens, tile):
+def test_layers_that_use_it(columns, k, takes):
     from vllm.model_executor.layers.quantization.fp8_tp_padding.masked_linear import (
-        tile_for,
+        multiplies_real_rows,
     )
 
-    assert tile_for(tokens, columns) == tile
+    assert multiplies_real_rows(columns, k) == takes
 
 
-def test_large_batches_go_to_vllms_kernel():
+def test_more_tokens_go_to_vllms_kernel():
     layer = loaded(1)
     run(layer, torch.zeros(1, HIDDEN), TP, 1)
     takes = layer.quant_method._masked.takes
     weights = layer.weight, layer.weight_scale_inv
-    # 6 tiles of 32 columns for 64 tokens, 22 times.
-    assert takes(torch.zeros(22 * 64, HIDDEN), *weights)
-    assert not takes(torch.zeros(22 * 64 + 1, HIDDEN), *weights)
+    assert takes(torch.zeros(16, HIDDEN), *weights)
+    assert takes(torch.zeros(2, 8, HIDDEN), *weights)
+    assert not takes(torch.zeros(17, HIDDEN), *weights)
     assert not takes(torch.zeros(0, HIDDEN), *weights)
 
 

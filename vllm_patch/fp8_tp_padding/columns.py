@@ -13,10 +13,11 @@ import torch
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
+from .dependent_launch import dependent_launch, launches_dependently
 from .window import Window
 
 TOKENS_PER_PROGRAM = 8
-COLUMNS_PER_PROGRAM = 256
+COLUMNS_PER_PROGRAM = 512
 
 
 class RealColumns:
@@ -119,6 +120,7 @@ def _copy(
             HAS_BIAS=bias is not None,
             TOKENS=TOKENS_PER_PROGRAM,
             COLUMNS=COLUMNS_PER_PROGRAM,
+            **dependent_launch(launches_dependently()),
         )
     return y
 
@@ -146,6 +148,7 @@ def _copy_kernel(
     SIZE: tl.constexpr,
     TOTAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    USE_PDL: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -160,6 +163,9 @@ def _copy_kernel(
     source = source_of(column, STARTS, SHIFTS)
     exists = (token < tokens)[:, None] & (column < TOTAL)[None, :]
     real = (source >= 0) & (source < SIZE)
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     y = tl.load(
         x_ptr + token[:, None] * x_token_stride + source[None, :] * x_column_stride,
         mask=exists & real[None, :],

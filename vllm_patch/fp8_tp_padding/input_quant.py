@@ -2,8 +2,6 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Quantizes a layer's input and pads it where needed, in one kernel launch."""
 
-import functools
-
 import torch
 
 from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
@@ -16,10 +14,11 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from .masked_kernels import EPS, FP8_MAX, dependent_launch
+from .dependent_launch import dependent_launch, launches_dependently
+from .masked_kernels import EPS, FP8_MAX
 from .window import Window
 
-TOKENS_PER_PROGRAM = 8
+TOKENS_PER_PROGRAM = 16
 
 
 def quantizing_kernel(
@@ -56,13 +55,6 @@ def _quantizes_input(kernel: object, window: Window) -> bool:
     return not (
         kernel.quant_fp8.use_ue8m0 and DeepGemmQuantScaleFMT.from_oracle() == packed
     )
-
-
-# Each call of a layer asks, and vLLM asks torch.
-@functools.cache
-def launches_dependently() -> bool:
-    """Whether kernels of linear layers start while the ones before them end."""
-    return current_platform.is_cuda() and current_platform.is_arch_support_pdl()
 
 
 class PaddedQuantFP8:

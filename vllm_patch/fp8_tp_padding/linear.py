@@ -117,7 +117,9 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
             return
         quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
         self._quantizing.quant_fp8 = quant_fp8
-        if not self.layout.pads_input and multiplies_real_rows():
+        if self.layout.pads_input:
+            return
+        if multiplies_real_rows(self._real_columns.total, inputs.span):
             out_dtype = self.fp8_linear.config.out_dtype
             self._masked = MaskedLinear(self._real_columns, quant_fp8, out_dtype)
 

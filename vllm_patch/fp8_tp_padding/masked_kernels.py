@@ -20,11 +20,6 @@ FP8_MAX = tl.constexpr(448.0)
 EPS = tl.constexpr(1e-10)
 
 
-def dependent_launch(on: bool) -> dict[str, bool]:
-    """Return options of a kernel that may start while the one before it ends."""
-    return {"USE_PDL": True, "launch_pdl": True} if on else {"USE_PDL": False}
-
-
 @triton.jit
 def _expert_of(
     routed, expert_map_ptr, NUM_IDS: tl.constexpr, HAS_EXPERT_MAP: tl.constexpr

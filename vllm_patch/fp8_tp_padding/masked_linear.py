@@ -16,36 +16,38 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.platform_utils import num_compute_units
 
 from .columns import RealColumns, source_of
-from .input_quant import PaddedQuantFP8, launches_dependently
-from .masked_kernels import dependent_launch
+from .dependent_launch import dependent_launch, launches_dependently
+from .input_quant import PaddedQuantFP8
 from .tiles import BLOCK
 
-# Tokens and columns of a program, those of fewest columns first.
-TILES = (64, 16), (16, 32), (64, 32)
+# Of a program, which computes all tokens of its columns.
+MAX_TOKENS = 16
+COLUMNS_PER_PROGRAM = 32
+# A program walks over all K on its own; beyond, vLLM's kernels save more than a launch.
+MAX_K = 2560
 NUM_WARPS = 4
 NUM_STAGES = 3
 UNROLL = 4
 
 
-def multiplies_real_rows() -> bool:
-    """Whether layers shall use ``MaskedLinear``; it was tuned on Hopper only."""
+def multiplies_real_rows(columns: int, k: int) -> bool:
+    """Whether a layer shall use ``MaskedLinear``; it was tuned on Hopper only.
+
+    Args:
+        columns: Real columns of the output.
+        k: Columns of the weight.
+
+    """
     if envs.VLLM_FP8_TP_PADDING == "padded" or envs.VLLM_BATCH_INVARIANT:
         return False
-    return current_platform.is_cuda() and current_platform.is_device_capability(90)
+    if not current_platform.is_cuda() or not current_platform.is_device_capability(90):
+        return False
+    # Each program needs a multiprocessor of its own.
+    return k <= MAX_K and _programs(columns) <= num_compute_units()
 
 
-def tile_for(tokens: int, columns: int) -> tuple[int, int] | None:
-    """Return the tokens and columns of a program; None for too large a product.
-
-    That is one with more programs than multiprocessors: vLLM's kernels are then
-    faster by more than the launch that is saved.
-    """
-    most = num_compute_units()
-    return next((t for t in TILES if _programs(tokens, columns, t) <= most), None)
-
-
-def _programs(tokens: int, columns: int, tile: tuple[int, int]) -> int:
-    return triton.cdiv(tokens, tile[0]) * triton.cdiv(columns, tile[1])
+def _programs(columns: int) -> int:
+    return triton.cdiv(columns, COLUMNS_PER_PROGRAM)
 
 
 class MaskedLinear:
@@ -69,7 +71,7 @@ class MaskedLinear:
         self.out_dtype = out_dtype
 
     def takes(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-        """Whether this computes what the padded product does, in fewer launches.
+        """Whether tokens are few, and the scales those that this knows.
 
         Never while torch.compile traces: Inductor folds the taking of columns into
         what comes after, and the product stays vLLM's.
@@ -84,9 +86,7 @@ class MaskedLinear:
             return False
         blocks = [size // BLOCK for size in weight.shape]
         tokens = x.numel() // x.shape[-1]
-        if list(scale.shape) != blocks or not tokens:
-            return False
-        return tile_for(tokens, self.columns.total) is not None
+        return list(scale.shape) == blocks and 1 <= tokens <= MAX_TOKENS
 
     def __call__(
         self,
@@ -98,7 +98,7 @@ class MaskedLinear:
         """Return ``[..., real columns]`` in ``out_dtype``, plus ``bias``.
 
         Args:
-            x: ``[..., K]``, floating point.
+            x: ``[..., K]``, floating point, of 1 to ``MAX_TOKENS`` tokens.
             weight: ``[padded rows, K]``, float8.
             scale: ``[padded rows / 128, K / 128]``, float32.
             bias: ``[real columns]``.
@@ -107,8 +107,7 @@ class MaskedLinear:
         y = x.new_empty((*x.shape[:-1], self.columns.total), dtype=self.out_dtype)
         codes, x_scale = self.quant_fp8(x.reshape(-1, x.shape[-1]))
         tokens, size = codes.shape
-        tile = tile_for(tokens, self.columns.total)
-        _masked_linear_kernel[(_programs(tokens, self.columns.total, tile),)](
+        _masked_linear_kernel[(_programs(self.columns.total),)](
             codes,
             x_scale,
             weight,
@@ -125,8 +124,8 @@ class MaskedLinear:
             K=size,
             HAS_BIAS=bias is not None,
             BLOCK=BLOCK,
-            TOKENS=tile[0],
-            COLUMNS=tile[1],
+            TOKENS=MAX_TOKENS,
+            COLUMNS=COLUMNS_PER_PROGRAM,
             NUM_STAGES=NUM_STAGES,
             UNROLL=math.gcd(UNROLL, size // BLOCK),
             num_warps=NUM_WARPS,
@@ -162,14 +161,13 @@ def _masked_linear_kernel(
     UNROLL: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Write COLUMNS columns of TOKENS tokens of ``x @ w.T``, without padding.
+    """Write COLUMNS columns of ``x @ w.T``, of at most TOKENS tokens, without padding.
 
-    Grid: ceil(tokens / TOKENS) * ceil(TOTAL / COLUMNS). A tile may hold columns of
-    several quant blocks and of several pieces, so each column has its own scale.
+    Grid: ceil(TOTAL / COLUMNS). A tile may hold columns of several quant blocks and
+    of several pieces, so each column has its own scale.
     """
-    TILES: tl.constexpr = (TOTAL + COLUMNS - 1) // COLUMNS
-    token = tl.program_id(0) // TILES * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
-    column = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.arange(0, TOKENS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = source_of(column, STARTS, SHIFTS)
     exists = token < tokens
     real = column < TOTAL

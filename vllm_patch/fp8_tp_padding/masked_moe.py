@@ -9,8 +9,8 @@ import torch
 
 from vllm.triton_utils import triton
 
+from .dependent_launch import dependent_launch
 from .masked_kernels import (
-    dependent_launch,
     down_and_sum_kernel,
     down_kernel,
     gate_up_kernel,
