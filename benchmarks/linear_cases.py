@@ -173,6 +173,9 @@ CASES = (
     # 1368 per rank; spans differ between ranks, the checkpoint's last block is partial.
     Case("DeepSeek-V2-Lite gate_up", MERGED, 2048, (10944, 10944)),
     Case("DeepSeek-V2-Lite down", ROW, 2048, (10944,)),
+    # 176 per rank, and the largest hidden size of these.
+    Case("GLM-4.5-Air shared gate_up", MERGED, 4096, (1408, 1408)),
+    Case("GLM-4.5-Air shared down", ROW, 4096, (1408,)),
     # Heads of 64: 192 query columns per rank, each KV head on two ranks.
     Case("24 heads of 64, 4 KV: qkv", QKV, 1536, (24, 4)),
     Case("24 heads of 64, 4 KV: o", ROW, 1536, (24 * 64,)),
