@@ -119,7 +119,7 @@ def linear_kernels(arch: int) -> Iterator[tuple[str, int, dict]]:
     yield "_padded_quant_kernel", 4, sizes
     sizes = {
         "TOKENS": columns.TOKENS_PER_PROGRAM,
-        "COLUMNS": columns.COLUMNS_PER_PROGRAM,
+        "COLUMNS": columns.MAX_COLUMNS_PER_PROGRAM,
         "USE_PDL": arch >= 90,
     }
     yield "_copy_kernel", 4, sizes

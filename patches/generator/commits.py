@@ -114,8 +114,8 @@ the last one loaded wins without an error.
 
 Place each logical shard on the checkpoint's block grid. Column-parallel
 layers pad each shard's rows and hand out the real columns of the output;
-on Hopper, outside torch.compile, few tokens are multiplied by the real
-rows only. Row-parallel layers pad their input while they quantize it.
+on Hopper, outside torch.compile, up to 16 tokens are multiplied by the
+real rows only. Row-parallel layers pad their input while they quantize it.
 Layers that are not cut get Fp8LinearMethod as before.
 
 Removable when Fp8LinearMethod itself places shards on the block grid.

@@ -17,7 +17,7 @@ from .dependent_launch import dependent_launch, launches_dependently
 from .window import Window
 
 TOKENS_PER_PROGRAM = 8
-COLUMNS_PER_PROGRAM = 512
+MAX_COLUMNS_PER_PROGRAM = 512
 
 
 class RealColumns:
@@ -105,9 +105,10 @@ def _copy(
     y = x.new_empty((*x.shape[:-1], total), dtype=dtype)
     x = x.reshape(-1, x.shape[-1])
     tokens, size = x.shape
-    tiles = triton.cdiv(tokens, TOKENS_PER_PROGRAM)
+    columns = min(triton.next_power_of_2(total), MAX_COLUMNS_PER_PROGRAM)
+    grid = triton.cdiv(tokens, TOKENS_PER_PROGRAM), triton.cdiv(total, columns)
     if tokens:
-        _copy_kernel[tiles, triton.cdiv(total, COLUMNS_PER_PROGRAM)](
+        _copy_kernel[grid](
             x,
             bias,
             y,
@@ -119,7 +120,7 @@ def _copy(
             TOTAL=total,
             HAS_BIAS=bias is not None,
             TOKENS=TOKENS_PER_PROGRAM,
-            COLUMNS=COLUMNS_PER_PROGRAM,
+            COLUMNS=columns,
             **dependent_launch(launches_dependently()),
         )
     return y
