@@ -3,8 +3,9 @@
     python -m benchmarks.compile_kernels [--arch 89 90 100 120]
 
 Takes the tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts
-inside a quant block, and gate_up of Qwen3-4B at TP 8; fails where a kernel needs more
-shared memory than a block of the GPU has.
+inside a quant block, and gate_up of Qwen3-4B at TP 8. Fails where a kernel needs more
+shared memory than a block of the GPU has, or where one that starts while the kernel
+before it ends touches memory before it waits for that one.
 """
 
 import argparse
@@ -36,6 +37,8 @@ from vllm_patch.fp8_tp_padding import (  # noqa: E402
 )
 
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# Instructions that touch memory of other kernels.
+MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
 POINTERS = {
     "x_ptr": "*bf16",
     "x_codes_ptr": "*fp8e4nv",
@@ -117,12 +120,13 @@ def linear_kernels(arch: int) -> Iterator[tuple[str, int, dict]]:
     """Yield name, warps and constants of the kernels of linear layers."""
     sizes = {"TOKENS": input_quant.TOKENS_PER_PROGRAM, "USE_PDL": arch >= 90}
     yield "_padded_quant_kernel", 4, sizes
-    sizes = {
-        "TOKENS": columns.TOKENS_PER_PROGRAM,
-        "COLUMNS": columns.MAX_COLUMNS_PER_PROGRAM,
-        "USE_PDL": arch >= 90,
-    }
-    yield "_copy_kernel", 4, sizes
+    for columns_each in (128, columns.MAX_COLUMNS_PER_PROGRAM):
+        sizes = {
+            "TOKENS": columns.TOKENS_PER_PROGRAM,
+            "COLUMNS": columns_each,
+            "USE_PDL": arch >= 90,
+        }
+        yield "_copy_kernel", 4, sizes
     if arch == 90:
         sizes = {
             "TOKENS": masked_linear.MAX_TOKENS,
@@ -168,13 +172,44 @@ class Job:
         options = {"num_warps": self.num_warps}
         return triton.compile(source, target=target, options=options)
 
-    def run(self) -> tuple[int, int, int]:
-        """Return registers, spilled bytes and bytes of shared memory."""
+    def run(self) -> "Usage":
         binary = self.compile()
-        return *usage(binary), binary.metadata.shared
+        registers, spilled = registers_of(binary)
+        depends = dict(self.values).get("USE_PDL", False)
+        waits = waits_first(binary.asm["ptx"]) == depends
+        return Usage(registers, spilled, binary.metadata.shared, waits)
 
 
-def usage(binary) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Usage:
+    """What a kernel takes.
+
+    Attributes:
+        registers: Of a thread.
+        spilled: Bytes of a thread.
+        shared: Bytes of shared memory of a program.
+        waits: Whether it waits for the kernel before it just where it has to.
+
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    waits: bool
+
+    def problem(self, arch: int) -> str | None:
+        if self.shared > SHARED_MEMORY[arch]:
+            return "TOO LARGE"
+        return None if self.waits else "DOES NOT WAIT, OR WAITS FOR NOTHING"
+
+
+def waits_first(ptx: str) -> bool:
+    """Whether memory is touched only after waiting for the kernel before."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return bool(wait) and not MEMORY.search(before)
+
+
+def registers_of(binary) -> tuple[int, int]:
     """Return registers of a thread and bytes that spill to its stack."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -224,20 +259,18 @@ def main() -> int:
     found = {
         job: at for arch in parser.parse_args().arch for job, at in jobs(arch).items()
     }
-    too_large = 0
+    problems = 0
     print(f"{'GPU':7}{'kernel':21}{'registers':>10}{'spilled':>9}{'shared':>9}  tiles")
     with multiprocessing.get_context("fork").Pool() as pool:
-        for job, (registers, spilled, shared) in zip(
-            found, pool.imap(Job.run, found), strict=True
-        ):
-            over = shared > SHARED_MEMORY[job.arch]
-            too_large += over
+        for job, used in zip(found, pool.imap(Job.run, found), strict=True):
+            problem = used.problem(job.arch)
+            problems += problem is not None
             print(
-                f"sm_{job.arch:<4}{job.name:21}{registers:10}{spilled:9}{shared:9}  "
-                f"{found[job]}{'  TOO LARGE' if over else ''}",
+                f"sm_{job.arch:<4}{job.name:21}{used.registers:10}{used.spilled:9}"
+                f"{used.shared:9}  {found[job]}{f'  {problem}' if problem else ''}",
                 flush=True,
             )
-    return 1 if too_large else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

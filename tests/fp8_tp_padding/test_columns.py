@@ -118,7 +118,10 @@ def test_real_columns_of_any_strides(dirty, path, name, rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 17])
-@pytest.mark.parametrize("shard", [(64, 64, 128), (96, 96, 256), (5, 301, 384)])
+# The last one has more columns than a program owns.
+@pytest.mark.parametrize(
+    "shard", [(64, 64, 128), (96, 96, 256), (5, 301, 384), (70, 700, 896)]
+)
 def test_padded_columns(dirty, path, shard, tokens, dtype):
     from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
         PaddedColumns,

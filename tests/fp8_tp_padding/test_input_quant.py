@@ -36,8 +36,9 @@ def quantizers(layout: str, window):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-# One token; more than a program owns, and not a multiple of what TMA aligns to.
-@pytest.mark.parametrize("tokens", [0, 1, 9])
+# One token; more than one and two programs own, and not a multiple of what TMA
+# aligns to.
+@pytest.mark.parametrize("tokens", [0, 1, 17, 33])
 # Inside a block; straddling two; three blocks, from the start of the first; two
 # whole blocks, as column-parallel layers have.
 @pytest.mark.parametrize(("lead", "size"), [(32, 64), (96, 96), (0, 270), (0, 256)])

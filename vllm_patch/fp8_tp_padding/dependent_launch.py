@@ -15,8 +15,11 @@ def dependent_launch(on: bool) -> dict[str, bool]:
     return {"USE_PDL": True, "launch_pdl": True} if on else {"USE_PDL": False}
 
 
-# Each call of a layer asks, and vLLM asks torch.
+# Cached, since each call of a layer asks, and vLLM would ask torch.
 @functools.cache
 def launches_dependently() -> bool:
-    """Whether kernels of linear layers are launched so."""
+    """Whether kernels of linear layers start while the one before them ends.
+
+    Those of experts do where their tiles say so (``Tiles.pdl``).
+    """
     return current_platform.is_cuda() and current_platform.is_arch_support_pdl()

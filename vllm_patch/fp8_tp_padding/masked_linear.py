@@ -71,7 +71,7 @@ class MaskedLinear:
         self.out_dtype = out_dtype
 
     def takes(self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-        """Whether tokens are few, and the scales those that this knows.
+        """Whether tokens are few, and each block of the weight has a float32 scale.
 
         Never while torch.compile traces: Inductor folds the taking of columns into
         what comes after, and the product stays vLLM's.
@@ -168,10 +168,10 @@ def _masked_linear_kernel(
     """
     token = tl.arange(0, TOKENS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = source_of(column, STARTS, SHIFTS)
+    # Beyond the last, the last again: with masks on the weight it took 10% more.
+    row = source_of(tl.minimum(column, TOTAL - 1), STARTS, SHIFTS).to(tl.int64)
     exists = token < tokens
     real = column < TOTAL
-    row = row.to(tl.int64)
     k = tl.arange(0, BLOCK)
     x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
     x_scale_ptrs = x_scale_ptr + token * x_scale_token_stride
@@ -185,15 +185,11 @@ def _masked_linear_kernel(
         for i in tl.static_range(UNROLL):
             block = first + i
             x = tl.load(x_ptrs + block * BLOCK, mask=exists[:, None], other=0.0)
-            w = tl.load(
-                w_ptrs + block * BLOCK * w_column_stride, mask=real[:, None], other=0.0
-            )
+            w = tl.load(w_ptrs + block * BLOCK * w_column_stride)
             x_scale = tl.load(
                 x_scale_ptrs + block * x_scale_group_stride, mask=exists, other=0.0
             )
-            w_scale = tl.load(
-                w_scale_ptrs + block * w_scale_column_stride, mask=real, other=0.0
-            )
+            w_scale = tl.load(w_scale_ptrs + block * w_scale_column_stride)
             y += tl.dot(x, tl.trans(w)) * (x_scale[:, None] * w_scale[None, :])
 
     if HAS_BIAS:
