@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,8 +93,10 @@ def test_only_the_first_process_warns(monkeypatch, warnings):
     assert not warnings()
 
 
-def test_missing_vllm_is_one_clear_line(monkeypatch, warnings):
-    monkeypatch.setitem(sys.modules, "vllm", None)
+@pytest.mark.parametrize("left", [None, ModuleType("vllm")], ids=["nothing", "folder"])
+def test_missing_vllm_is_one_clear_line(monkeypatch, warnings, left):
+    monkeypatch.setitem(sys.modules, "vllm", left)
+    monkeypatch.setattr(plugin_module, "built_in", lambda: None)
     plugin_module.register()
     (warning,) = warnings()
     assert "vLLM is not installed in this environment" in warning.getMessage()

