@@ -46,8 +46,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     careful.add_argument(
         "--check",
         action="store_true",
-        help="only say whether the tree is patched: exit code 0 if it is, 1 if not, 2 if "
-        "it is neither",
+        help="only say whether the tree is patched: exit code 0 if it is, 1 if not, 2 "
+        "if it is neither",
     )
     careful.add_argument(
         "--dry-run", action="store_true", help="do all but write; list the files"
