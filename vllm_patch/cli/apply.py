@@ -107,8 +107,10 @@ def series_for(tree: VllmTree) -> Series:
 
     """
     known = patch_series.read_all()
+    states = [(series, tree.state(series)) for series in known.values()]
+    applied = [series for series, state in states if state is State.APPLIED]
     whole = State.PRISTINE, State.APPLIED
-    fitting = [s for s in known.values() if tree.state(s) in whole]
+    fitting = [series for series, state in states if state in whole]
     release = tree.release()
     if release is None:
         if fitting:
@@ -119,7 +121,6 @@ def series_for(tree: VllmTree) -> Series:
         )
     if release not in known:
         # git am and a build make 0.33.0 a 0.33.1.dev4.
-        applied = [s for s in fitting if tree.state(s) is State.APPLIED]
         if applied:
             return applied[0]
         raise UsageError(_no_series(tree, release, known))

@@ -322,11 +322,12 @@ class _Verdict:
                 _row(width, process.label, outcome, *gaps, f"{result.seconds:.0f}")
             )
         lines.append("")
-        for role, (process, result) in self.results.items():
-            if role == "stock" and result.error:
-                lines.append(f"{process.label}: {result.error}")
-            if role == "patched" and result.padding:
-                lines.append(result.padding)
+        if "patched" in self.results:  # The last one, so all were made.
+            stock_process, stock = self.results["stock"]
+            if stock.error:
+                lines.append(f"{stock_process.label}: {stock.error}")
+            if padding := self.results["patched"][1].padding:
+                lines.append(padding)
         if "control" in self.differences:
             mean, most = comparison.limits(self.differences["control"])
             lines.append(f"limits, nats: mean {mean:.4f}, max {most:.4f}")
