@@ -26,22 +26,72 @@ def write(tmp_path, fields) -> Path:
 def test_sizes():
     config = ModelConfig.read(QWEN3_MOE)
     assert (config.block, config.vocab_size, config.expert_size) == (128, 4096, 1536)
-    assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts_experts(tp)] == [8, 16]
+    assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts(tp)] == [8, 16]
+
+
+MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+MLA |= {"v_head_dim": 128, "num_key_value_heads": 8}
 
 
 @pytest.mark.parametrize(
-    ("model", "changes", "cut"),
+    ("model", "changes", "cut", "cut_attention"),
     [
-        ("qwen3_moe_1536", {}, [16]),  # 8 heads of 128
-        ("qwen3_moe_1536", {"head_dim": 64}, [4, 8, 16]),  # 4 KV heads of 64
-        ("qwen3_moe_1536", {"shared_expert_intermediate_size": 512}, [8, 16]),
-        ("qwen3_9728", {}, [8, 16]),  # 76 blocks
+        ("qwen3_moe_1536", {}, [8, 16], [16]),  # 8 heads of 128
+        ("qwen3_moe_1536", {"head_dim": 64}, [4, 8, 16], [4, 8, 16]),
+        ("qwen3_moe_1536", {"head_dim": None}, [8, 16], [16]),
+        ("qwen3_moe_1536", MLA, [8, 16], [8, 16]),  # 192 per head
+        (
+            "qwen3_moe_1536",
+            {"shared_expert_intermediate_size": 256},
+            [4, 8, 16],
+            [16],
+        ),
+        # Not used by a layer, and then by one.
+        ("qwen3_moe_1536", {"intermediate_size": 128}, [8, 16], [16]),
+        (
+            "qwen3_moe_1536",
+            {"intermediate_size": 128, "mlp_only_layers": [0]},
+            [2, 4, 8, 16],
+            [16],
+        ),
+        ("qwen3_9728", {}, [8, 16], [16]),  # 76 blocks
+        ("qwen3_2432", {}, [2, 4, 8, 16], [8, 16]),  # 19 blocks, 8 heads of 64
+        # Dense layers of 85 blocks and a half, which stock cannot fuse at TP 1.
+        ("glm4_moe_1408", {}, [1, 2, 4, 8, 16], [16]),
     ],
 )
-def test_sizes_that_cut_linear_layers(tmp_path, model, changes, cut):
+def test_what_is_cut(tmp_path, model, changes, cut, cut_attention):
     fields = json.loads((MODELS / f"{model}.json").read_text())
     config = ModelConfig.read(write(tmp_path, {**fields, **changes}))
-    assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts_linear(tp)] == cut
+    sizes = (1, 2, 4, 8, 16)
+    assert [tp for tp in sizes if config.cuts(tp)] == cut
+    assert [tp for tp in sizes if config.cuts_attention(tp)] == cut_attention
+
+
+def test_a_widened_model_is_cut_in_its_attention_only():
+    config = ModelConfig.read(MODELS / "glm4_moe_1408.json")
+    assert not config.widened(8).cuts(8)
+    assert config.widened(8).mlp_sizes == {
+        "moe_intermediate_size": 2048,
+        "intermediate_size": 11264,
+    }
+    dense = ModelConfig.read(MODELS / "qwen3_2432.json").widened(8)
+    assert dense.cuts(8) and dense.mlp_sizes == {"intermediate_size": 3072}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "undivided"),
+    [
+        ({}, 8, None),
+        ({}, 16, "num_attention_heads = 8"),
+        ({"num_key_value_heads": 6, "num_attention_heads": 24}, 4, "num_key_value_hea"),
+        ({"num_key_value_heads": 2}, 8, None),  # KV heads on four ranks each
+        ({"moe_intermediate_size": 1532}, 8, "moe_intermediate_size = 1532"),
+    ],
+)
+def test_what_cannot_be_shared_out(tmp_path, fields, changes, tp, undivided):
+    found = ModelConfig.read(write(tmp_path, {**fields, **changes})).undivided(tp)
+    assert (found or "").startswith(undivided or "") and bool(found) == bool(undivided)
 
 
 def test_a_nested_language_model(tmp_path, fields):

@@ -1,6 +1,5 @@
 """The parity command around the engine: arguments, processes, verdict."""
 
-import argparse
 import json
 import os
 import signal
@@ -12,10 +11,9 @@ import pytest
 
 from tests.cli.test_model_config import QWEN3_MOE
 from vllm_patch import plugin
-from vllm_patch.cli import engine_process, parity
+from vllm_patch.cli import cpu_fp8, engine_process, parity
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
-from vllm_patch.cli.model_config import ModelConfig
 
 SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
 PADDING = "FP8 TP padding is on: 2 MoE layers"
@@ -38,10 +36,11 @@ def engine(monkeypatch, tmp_path):
         }
         asked = []
 
-    def run(process, prompts, directory, timeout):
+    def run(process, prompts, directory, timeout, env):
         Engine.asked.append((process, prompts))
+        Engine.env = env
         scores, error, padding = Engine.results[process.label]
-        return EngineResult(scores, error, padding, 1.0, tmp_path / "log")
+        return EngineResult(scores, error, padding, 1.0, 3 << 30, tmp_path / "log")
 
     monkeypatch.setattr(engine_process, "run", run)
     monkeypatch.setattr(parity, "_on_cpu", lambda: False)
@@ -66,7 +65,17 @@ def test_parity_holds(engine, model, capsys):
     assert run(model) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == [
-        *("run", "result", "mean", "|dlogp|", "max", "|dlogp|", "top-1", "seconds")
+        *("run", "result", "mean", "|dlogp|", "max", "|dlogp|", "top-1", "seconds"),
+        "GiB",
+    ]
+    assert out.splitlines()[1].split() == [
+        "stock",
+        "TP",
+        "1",
+        "serves",
+        *"---",
+        "1",
+        "3.0",
     ]
     assert "stock TP 8: ValueError: 192 is not divisible" in out
     assert PADDING in out
@@ -74,29 +83,40 @@ def test_parity_holds(engine, model, capsys):
 
 
 @pytest.mark.parametrize(
-    ("role", "result", "failure"),
+    ("result", "failure"),
     [
         (
-            "patched TP 8",
             (shifted(0.5), None, PADDING),
             "patched is farther from the baseline than noise explains",
         ),
         (
-            "patched TP 8",
             (None, "ValueError: broken", None),
             "patched TP 8 failed: ValueError: broken",
         ),
+    ],
+)
+def test_no_parity_says_why(engine, model, capsys, result, failure):
+    engine.results["patched TP 8"] = result
+    assert run(model) == 1
+    assert capsys.readouterr().out.endswith(f"NO PARITY: {failure}\n")
+
+
+@pytest.mark.parametrize(
+    ("role", "result", "runs", "reason"),
+    [
         (
             "patched TP 8",
             (SCORES, None, None),
+            4,
             (
-                "the plugin padded nothing: this TP size cuts no quant block, or the "
-                "run's log (--logs) says why"
+                "the plugin took no layer over: this TP size cuts no quant block, or "
+                "the run's log (--logs) says why"
             ),
         ),
         (
             "stock TP 4 (control)",
             (shifted(0.3), None, None),
+            4,
             (
                 "the control is 0.30 nats from the baseline, too far to judge by; try "
                 "fewer --layers or another --control-tp"
@@ -105,31 +125,26 @@ def test_parity_holds(engine, model, capsys):
         (
             "stock TP 1",
             (None, "OSError: gone", None),
+            1,
             "stock TP 1 failed: OSError: gone",
         ),
         (
             "stock TP 4 (control)",
             (None, "no result after 5 s", None),
+            2,
             "stock TP 4 (control) failed: no result after 5 s",
         ),
     ],
 )
-def test_no_parity_says_why(engine, model, capsys, role, result, failure):
+def test_what_cannot_be_judged_is_no_verdict(
+    engine, model, tmp_path, capsys, role, result, runs, reason
+):
+    out = tmp_path / "out.json"
     engine.results[role] = result
-    assert run(model) == 1
-    assert capsys.readouterr().out.endswith(f"NO PARITY: {failure}\n")
-
-
-@pytest.mark.parametrize(
-    ("role", "runs"), [("stock TP 1", 1), ("stock TP 4 (control)", 2)]
-)
-def test_it_stops_where_nothing_can_be_judged(engine, model, capsys, role, runs):
-    engine.results[role] = (None, "OSError: gone", None)
-    assert run(model) == 1
+    assert run(model, "--json", str(out)) == 2
     assert len(engine.asked) == runs
-    assert capsys.readouterr().out.endswith(
-        f"NO PARITY: {role} failed: OSError: gone\n"
-    )
+    assert capsys.readouterr().out.endswith(f"CANNOT BE JUDGED: {reason}\n")
+    assert json.loads(out.read_text())["parity"] is None
 
 
 def test_stock_may_serve_too(engine, model):
@@ -158,69 +173,31 @@ def test_what_the_engine_is_asked_for(engine, model):
     assert sum(len(prompt) - 1 for prompt in prompts[0]) == 760
 
 
-def resize(model, **fields) -> None:
-    config = {**json.loads(QWEN3_MOE.read_text()), **fields}
-    (model / "config.json").write_text(json.dumps(config))
-
-
-def test_a_control_that_cuts_experts_keeps_them_whole(engine, model):
-    """640 / 2 and 640 / 4 cut a block: the noise comes from expert parallelism."""
-    resize(model, moe_intermediate_size=640)
-    label = "stock TP 8 + expert parallel (control)"
-    engine.results[label] = engine.results["stock TP 4 (control)"]
-    assert run(model) == 0
-    control = next(p for p, _ in engine.asked if p.label == label)
-    assert control.engine["enable_expert_parallel"] is True
-
-
-def test_a_synthetic_control_is_widened_instead(engine, tmp_path, monkeypatch):
-    resize(tmp_path, moe_intermediate_size=640)
-    label = "stock TP 8, experts of 1024 (control)"
-    engine.results[label] = engine.results["stock TP 4 (control)"]
-    written = {}
-
-    def write(config, directory, expert_size=None):
-        written[str(directory)] = expert_size
-        return directory
-
-    monkeypatch.setattr(parity, "_write", write)
-    config = str(tmp_path / "config.json")
-    assert main(["parity", "--config", config, "--tp", "8"]) == 0
-    models = {p.label: p.engine["model"] for p, _ in engine.asked}
-    assert written[models[label]] == 1024
-    assert written[models["stock TP 1"]] is None
-    assert models["stock TP 1"] == models["patched TP 8"]
-
-
-def test_a_control_of_an_odd_size_is_found(engine, model):
-    """640 is five blocks: TP 5 keeps them whole if the heads can be divided."""
-    resize(model, moe_intermediate_size=640, num_attention_heads=40)
-    engine.results["stock TP 5 (control)"] = engine.results["stock TP 4 (control)"]
-    assert run(model) == 0
-
-
-def test_a_control_that_cuts_linear_layers_is_passed_over(engine, model):
-    """KV heads of 64: TP 4 leaves half a block to each rank."""
-    resize(model, num_key_value_heads=4, head_dim=64)
-    engine.results["stock TP 2 (control)"] = engine.results["stock TP 4 (control)"]
-    assert run(model) == 0
-
-
-def test_shared_experts_of_the_same_size_cannot_be_widened(engine, tmp_path):
-    resize(tmp_path, moe_intermediate_size=640, n_shared_experts=1)
-    args = argparse.Namespace(config=tmp_path / "config.json")
-    config = ModelConfig.read(args.config)
-    how, _ = parity._keep_experts_whole(args, config, 8, tmp_path)
-    assert how == " + expert parallel"
-
-
-def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
+def test_on_a_cpu_all_runs_get_the_same_operators(engine, model, monkeypatch, capsys):
     monkeypatch.setattr(parity, "_on_cpu", lambda: True)
-    resize(model, moe_intermediate_size=640)
+    monkeypatch.setattr(cpu_fp8, "checked", lambda: "abacus")
+    assert run(model) == 0
+    assert engine.env == cpu_fp8.environment()
+    assert "FP8 operators on this CPU: abacus" in capsys.readouterr().out
+
+
+def test_a_gpu_keeps_its_own(engine, model):
+    assert run(model) == 0
+    assert engine.env == {}
+
+
+def test_wrong_operators_stop_it(engine, model, monkeypatch, capsys, tmp_path):
+    found = {"operators": "abacus", "limit": 0.01, "errors": {"mm": 0.3}}
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(parity, "_on_cpu", lambda: True)
+    monkeypatch.setattr(cpu_fp8.sys, "executable", str(child))
     assert run(model) == 2
-    assert "--control-tp 8 cuts the quant blocks of experts of 640 columns, and" in (
+    assert "mm is wrong on this CPU (abacus): a row is 3.0e-01" in (
         capsys.readouterr().err
     )
+    assert not engine.asked
 
 
 @pytest.mark.parametrize(
@@ -232,13 +209,12 @@ def test_a_cpu_has_no_expert_parallelism(engine, model, monkeypatch, capsys):
         (["--json", "/tmp"], "--json /tmp: give a file, not a folder"),
         (["--timeout", "0"], "--timeout 0.0: give a positive number"),
         (["--tp", "4"], "--tp 4 keeps the quant blocks of"),
-        (["--tp", "7"], "--tp 7 does not divide experts of 1536 columns"),
-        (["--tp", "16"], "--tp 16 does not divide 8 attention heads"),
+        (["--tp", "7"], "--tp 7 does not divide moe_intermediate_size = 1536"),
+        (["--tp", "16"], "--tp 16 does not divide num_attention_heads = 8"),
         (["--engine-args", '{"model": "x"}'], "--engine-args sets model, which parity"),
-        (["--baseline-tp", "8"], "--baseline-tp 8 cuts quant blocks of"),
-        (["--control-tp", "16"], "--control-tp 16 cuts quant blocks of"),
+        (["--baseline-tp", "16"], "--baseline-tp 16 does not divide num_attention"),
+        (["--control-tp", "16"], "--control-tp 16 does not divide num_attention"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
-        (["--control-tp", "1"], "--control-tp 1 is the baseline's size"),
         (["--logs", __file__], "give a folder, not a file"),
     ],
 )
@@ -310,7 +286,7 @@ def test_a_signal_as_soon_as_the_engine_starts(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
     try:
         with pytest.raises(SystemExit, match=str(int(signal.SIGTERM))):
-            engine_process.run(EngineProcess("stock", {}), [], tmp_path, 60)
+            engine_process.run(EngineProcess("stock", {}), [], tmp_path, 60, {})
     finally:
         signal.signal(signal.SIGTERM, before)
         left = engines[0].poll() is None
@@ -390,7 +366,7 @@ def test_the_engines_own_error_is_found(tmp_path, monkeypatch, log, error):
     child.chmod(0o755)
     monkeypatch.setattr(engine_process.sys, "executable", str(child))
     process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=30)
+    result = engine_process.run(process, [], tmp_path, timeout=30, env={})
     assert result.error == (error or log.strip())
     assert result.log.read_text() == log
 
@@ -403,8 +379,9 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_process.sys, "executable", str(child))
     monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0.5)
     process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=1)
+    result = engine_process.run(process, [], tmp_path, timeout=1, env={})
     assert result.error == "no result after 1 s"
+    assert 1e5 < result.peak_bytes < 1e8  # Two small processes.
     worker = int((tmp_path / "worker").read_text())
     deadline = time.monotonic() + 10
     with pytest.raises(ProcessLookupError):
@@ -418,7 +395,3 @@ def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):
     monkeypatch.setattr(vllm, "__version__", "0.1.0")
     assert run(model) == 2
     assert "this is vLLM 0.1.0, and 0.26.0 to 0.33.0" in capsys.readouterr().err
-
-
-def test_prompts_are_fixed():
-    assert parity._prompts(4096) == parity._prompts(4096)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.cli.test_model_config import QWEN3_MOE
+from tests.cli.test_model_config import MODELS, QWEN3_MOE
+from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
-from vllm_patch.cli.synthetic import write_checkpoint
+from vllm_patch.cli.synthetic import _widen, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +62,63 @@ def read(directory) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def test_widened_experts_hold_the_same_numbers_and_zeros(tensors, tmp_path):
-    config = ModelConfig.read(QWEN3_MOE).with_layers(1)
-    write_checkpoint(config, tmp_path, expert_size=2048)
-    assert ModelConfig.read(tmp_path / "config.json").expert_size == 2048
-    widened = read(tmp_path)
-    assert widened.keys() == tensors.keys()
-    for name, wide in widened.items():
-        tensor = tensors[name]
+@pytest.mark.parametrize(
+    ("model", "layers", "widened"),
+    [
+        ("qwen3_moe_1536", 1, ["experts.3.gate_proj", "experts.3.down_proj"]),
+        (
+            "glm4_moe_1408",
+            2,
+            [
+                "experts.3.up_proj",
+                "shared_experts.gate_proj",
+                "shared_experts.down_proj",
+                "layers.0.mlp.up_proj",
+            ],
+        ),
+        ("qwen3_2432", 1, ["layers.0.mlp.gate_proj", "layers.0.mlp.down_proj"]),
+    ],
+)
+def test_a_widened_model_holds_the_same_numbers_and_zeros(
+    tmp_path, model, layers, widened
+):
+    config = ModelConfig.read(MODELS / f"{model}.json").with_layers(layers)
+    if config.text.get("n_routed_experts"):
+        config = config._with_text(n_routed_experts=4, intermediate_size=1088)
+    wide = config.widened(8)
+    for each in ("plain", "wide"):
+        (tmp_path / each).mkdir()
+    write_checkpoint(config, tmp_path / "plain")
+    write_checkpoint(config, tmp_path / "wide", wide)
+    assert ModelConfig.read(tmp_path / "wide" / "config.json").mlp_sizes == (
+        wide.mlp_sizes
+    )
+    tensors, grown = read(tmp_path / "plain"), set()
+    for name, larger in read(tmp_path / "wide").items():
+        tensor = tensors.pop(name)
+        if larger.shape != tensor.shape:
+            grown.add(name)
         rows, columns = (*tensor.shape, 1)[:2]
-        wide = wide.float().reshape(wide.shape[0], -1)
+        larger = larger.float().reshape(larger.shape[0], -1)
         tensor = tensor.float().reshape(tensor.shape[0], -1)
-        assert torch.equal(wide[:rows, :columns], tensor), name
+        assert torch.equal(larger[:rows, :columns], tensor), name
         # Not 1: see _widen about the CPU kernel.
         value = tensor.min() if name.endswith("_scale_inv") else 0.0
-        assert (wide[rows:] == value).all() and (wide[:, columns:] == value).all()
-    down = "model.layers.0.mlp.experts.0.down_proj"
-    assert widened[f"{down}.weight"].shape == (1024, 2048)
-    assert widened[f"{down}.weight_scale_inv"].shape == (8, 16)
+        assert (larger[rows:] == value).all() and (larger[:, columns:] == value).all()
+    assert not tensors
+    for module in widened:
+        assert [name for name in grown if name.endswith(f"{module}.weight")], module
+
+
+def test_gate_and_up_in_one_tensor_are_widened_each():
+    weight = torch.arange(1, 513).float()[:, None].expand(512, 128)
+    scale = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    wide, wide_scale = _widen("mlp.gate_up_proj.weight", weight, scale, (768, 128), 128)
+    assert wide[[0, 255, 256, 384, 639, 640]][:, 0].tolist() == [1, 256, 0, 257, 512, 0]
+    assert wide_scale.flatten().tolist() == [1, 2, 1, 3, 4, 1]
+
+
+def test_gate_and_up_in_one_quant_block_cannot_be_widened():
+    weight, scale = torch.zeros(64, 128), torch.zeros(1, 1)
+    with pytest.raises(UsageError, match="64 / 2 rows each, and cannot be widened"):
+        _widen("mlp.gate_up_proj.weight", weight, scale, (512, 128), 128)

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from vllm_patch import plugin
 
 # What a run needs here and its user may have set otherwise. The CPU ones make
@@ -28,7 +30,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 HEARTBEAT_SECONDS = 30
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # vLLM logs some errors that it survives as warnings.
 _ERROR_LINE = re.compile(
@@ -63,6 +65,7 @@ class EngineResult:
         error: The engine's own error, or None.
         padding: The plugin's log line, or None if it padded nothing.
         seconds: Wall time of the process.
+        peak_bytes: Most memory that its processes took together, seen each second.
         log: File with all the process printed.
 
     """
@@ -71,11 +74,16 @@ class EngineResult:
     error: str | None
     padding: str | None
     seconds: float
+    peak_bytes: int
     log: Path = field(repr=False)
 
 
 def run(
-    process: EngineProcess, prompts: list[list[int]], directory: Path, timeout: float
+    process: EngineProcess,
+    prompts: list[list[int]],
+    directory: Path,
+    timeout: float,
+    env: dict[str, str],
 ) -> EngineResult:
     """Run the engine and wait for it, with a sign of life on stderr.
 
@@ -84,6 +92,7 @@ def run(
         prompts: Token ids.
         directory: Where the log and the exchange files go.
         timeout: Seconds after which the run counts as failed.
+        env: Environment variables that it needs besides.
 
     """
     stem = re.sub(r"\W+", "-", process.label)
@@ -96,10 +105,10 @@ def run(
             command,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=environment(process.patched),
+            env={**environment(process.patched), **env},
             start_new_session=True,
         )
-        in_time = _wait(child, started + timeout, signals)
+        in_time, peak_bytes = _wait(child, started + timeout, signals)
     text = log.read_text(errors="replace")
     scores = json.loads(out.read_text()) if out.exists() else None
     return EngineResult(
@@ -107,6 +116,7 @@ def run(
         error=None if scores else _error(text, in_time, child.returncode, timeout),
         padding=_first(_PADDED_LINE, text),
         seconds=round(time.monotonic() - started, 1),
+        peak_bytes=peak_bytes,
         log=log,
     )
 
@@ -161,23 +171,42 @@ def _noted_signals() -> Iterator[list[int]]:
         signal.raise_signal(noted[0])
 
 
-def _wait(child: subprocess.Popen, deadline: float, signals: list[int]) -> bool:
-    """Wait for the child and its workers; return False if they had to be killed."""
+def _wait(
+    child: subprocess.Popen, deadline: float, signals: list[int]
+) -> tuple[bool, int]:
+    """Wait for the child and its workers.
+
+    Returns:
+        False if they had to be killed; the most memory they took, bytes.
+
+    """
     started = time.monotonic()
-    heartbeat = started + HEARTBEAT_SECONDS
+    heartbeat, peak_bytes = started + HEARTBEAT_SECONDS, 0
     try:
         while not signals and time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(POLL_SECONDS)
-                return True
+                return True, peak_bytes
+            peak_bytes = max(peak_bytes, _memory(child.pid))
             if time.monotonic() > heartbeat:
                 heartbeat += HEARTBEAT_SECONDS
                 seconds = time.monotonic() - started
                 print(f"      ... {seconds:.0f} s", file=sys.stderr, flush=True)
-        return False
+        return False, peak_bytes
     finally:
         # A failed engine can leave workers behind, which hold memory.
         _kill_session(child)
+
+
+def _memory(pid: int) -> int:
+    """Return bytes of a process and all below it, shared pages counted once."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += each.memory_full_info().pss
+    return total
 
 
 def _kill_session(child: subprocess.Popen) -> None:

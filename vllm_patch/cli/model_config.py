@@ -72,10 +72,10 @@ class ModelConfig:
     @property
     def expert_size(self) -> int | None:
         """Intermediate size of one routed expert, or None without experts."""
-        return self.text[self._expert_size_field] if self._expert_size_field else None
+        return self.text[self._expert_field] if self._expert_field else None
 
     @property
-    def _expert_size_field(self) -> str | None:
+    def _expert_field(self) -> str | None:
         if "moe_intermediate_size" in self.text:
             return "moe_intermediate_size"
         # Mixtral and MiniMax use the dense model's name.
@@ -83,38 +83,87 @@ class ModelConfig:
 
     def with_expert_size(self, size: int) -> "ModelConfig":
         """Return the config with experts of ``size`` columns."""
-        return self._with_text(**{self._expert_size_field: size})
+        return self._with_text(**{self._expert_field: size})
+
+    @property
+    def _has_dense_layers(self) -> bool:
+        text = self.text
+        return (
+            self.expert_size is None
+            or text.get("first_k_dense_replace", 0) > 0
+            or bool(text.get("mlp_only_layers"))
+            or text.get("decoder_sparse_step", 1) > 1
+        )
+
+    @property
+    def mlp_sizes(self) -> dict[str, int]:
+        """Intermediate sizes that tensor parallelism divides, by config field.
+
+        Shared experts of some models are a multiple of the routed ones' field.
+        """
+        fields = {self._expert_field, "shared_expert_intermediate_size"}
+        if self._has_dense_layers:
+            fields.add("intermediate_size")
+        return {name: self.text[name] for name in self.text if name in fields}
 
     def undivided(self, tp: int) -> str | None:
         """Return what cannot be shared out evenly among ``tp`` ranks, or None."""
-        size = self.expert_size or self.text.get("intermediate_size", tp)
-        if size % tp:
-            return f"{'experts' if self.expert_size else 'an MLP'} of {size} columns"
+        for name, size in self.mlp_sizes.items():
+            if size and size % tp:
+                return f"{name} = {size}"
         heads = self.text.get("num_attention_heads", tp)
-        return f"{heads} attention heads" if heads % tp else None
+        if heads % tp:
+            return f"num_attention_heads = {heads}"
+        kv_heads = self.text.get("num_key_value_heads", tp)
+        # More ranks than KV heads share them.
+        if max(kv_heads, tp) % min(kv_heads, tp):
+            return f"num_key_value_heads = {kv_heads}"
+        return None
 
-    def cuts_experts(self, tp: int) -> bool:
-        """Whether ``tp`` cuts an expert inside a quant block."""
-        size = self.expert_size
-        return size is not None and size % (tp * self.block) != 0
+    def cuts(self, tp: int) -> bool:
+        """Whether ``tp`` cuts a layer inside a quant block."""
+        return bool(self._cut_mlps(tp)) or self.cuts_attention(tp)
 
-    def cuts_linear(self, tp: int) -> bool:
-        """Whether ``tp`` cuts a linear layer inside a quant block."""
-        return any(size % self.block != 0 for size in self._linear_sizes(tp))
+    def cuts_experts_only(self, tp: int) -> bool:
+        """Whether what ``tp`` cuts is routed experts and nothing else."""
+        shared = self.text.get("n_shared_experts")
+        fields = list(self._cut_mlps(tp))
+        return (
+            fields == [self._expert_field]
+            and not shared
+            and not self.cuts_attention(tp)
+        )
 
-    def _linear_sizes(self, tp: int) -> list[float]:
-        """Return what a rank holds of each linear layer; fractions count as cut."""
+    def cuts_attention(self, tp: int) -> bool:
+        """Whether ``tp`` cuts a projection of the attention inside a quant block."""
+        return any(size % self.block for size in self._attention_sizes(tp))
+
+    def widened(self, tp: int) -> "ModelConfig":
+        """Return the config with MLPs and experts that ``tp`` leaves in whole blocks.
+
+        With zeros in the added columns, the model computes the same.
+        """
+        unit = tp * self.block
+        changes = {
+            name: -(-size // unit) * unit for name, size in self._cut_mlps(tp).items()
+        }
+        return self._with_text(**changes)
+
+    def _cut_mlps(self, tp: int) -> dict[str, int]:
+        unit = tp * self.block
+        return {name: size for name, size in self.mlp_sizes.items() if size % unit}
+
+    def _attention_sizes(self, tp: int) -> list[float]:
+        """Return what a rank holds of each projection; fractions count as cut."""
         text = self.text
         heads = text.get("num_attention_heads", 0)
+        if "kv_lora_rank" in text:
+            nope, rope = text["qk_nope_head_dim"], text["qk_rope_head_dim"]
+            value = text["v_head_dim"]
+            return [heads / tp * size for size in (nope + rope, nope + value, value)]
         head = text.get("head_dim") or text.get("hidden_size", 0) / max(heads, 1)
         kv_heads = text.get("num_key_value_heads", heads)
-        sizes = [heads * head / tp, max(kv_heads / tp, 1) * head]
-        if self.expert_size is None:
-            sizes.append(text.get("intermediate_size", 0) / tp)
-        sizes.append(text.get("shared_expert_intermediate_size", 0) / tp)
-        if text.get("n_shared_experts") and self.expert_size:
-            sizes.append(text["n_shared_experts"] * self.expert_size / tp)
-        return sizes
+        return [heads * head / tp, max(kv_heads / tp, 1) * head]
 
     def _check_quantization(self) -> None:
         quantization = self.fields.get("quantization_config") or {}

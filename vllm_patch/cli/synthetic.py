@@ -9,10 +9,12 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
 # What "10x between neighbours" multiplies the odd squares of a chequerboard by.
@@ -20,7 +22,7 @@ SCALE_STEP = 10.0
 
 
 def write_checkpoint(
-    config: ModelConfig, directory: Path, expert_size: int | None = None
+    config: ModelConfig, directory: Path, wide: ModelConfig | None = None
 ) -> None:
     """Write config.json, safetensors and a word-level tokenizer to ``directory``.
 
@@ -28,36 +30,38 @@ def write_checkpoint(
         config: A block-FP8 config; its ``modules_to_not_convert`` decides what
             stays in bfloat16.
         directory: An existing directory.
-        expert_size: Widen the experts to this size with zeros. The model computes
-            the same, and other tensor-parallel sizes keep its quant blocks whole.
+        wide: The same model with larger MLPs (``ModelConfig.widened``), written in
+            its place with zeros in what it adds. It computes the same, and other
+            tensor-parallel sizes keep its quant blocks whole.
 
     """
     from huggingface_hub import save_torch_state_dict
 
-    _write_config(config.fields, directory)
-    shapes, linear = _tensor_shapes(directory)
-    skipped = config.fields["quantization_config"].get("modules_to_not_convert") or []
+    wide = wide or config
+    shapes, linear = _tensor_shapes(config, directory)
+    wide_shapes, _ = _tensor_shapes(wide, directory)
+    quantization = config.fields["quantization_config"]
+    skipped = quantization.get("modules_to_not_convert") or []
     tensors: dict[str, torch.Tensor] = {}
     unquantized = []
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) == 2 and module in linear and not _matches(module, skipped):
             weight, scale = _fp8_blocks(_generator(name), shape, config.block)
-            if expert_size and ".experts." in name:
-                weight, scale = _widen(name, weight, scale, expert_size, config.block)
-            tensors[name] = weight
-            tensors[f"{module}.weight_scale_inv"] = scale
+            if shape != wide_shapes[name]:
+                weight, scale = _widen(
+                    name, weight, scale, wide_shapes[name], config.block
+                )
+            tensors[name], tensors[f"{module}.weight_scale_inv"] = weight, scale
         else:
             tensors[name] = _bfloat16(_generator(name), name, shape)
             unquantized += [module] if module != name else []
     save_torch_state_dict(tensors, directory, max_shard_size="4GB")
-    if expert_size:
-        config = config.with_expert_size(expert_size)
     quantization = {
-        **config.fields["quantization_config"],
+        **quantization,
         "modules_to_not_convert": sorted({*skipped, *unquantized}),
     }
-    _write_config({**config.fields, "quantization_config": quantization}, directory)
+    _write_config({**wide.fields, "quantization_config": quantization}, directory)
     _write_tokenizer(config.vocab_size, directory)
 
 
@@ -65,11 +69,14 @@ def _write_config(fields: dict, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(fields, indent=2))
 
 
-def _tensor_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+def _tensor_shapes(
+    model: ModelConfig, directory: Path
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Return checkpoint tensor names with shapes, and the quantizable modules."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
+    _write_config(model.fields, directory)
     config = AutoConfig.from_pretrained(directory)
     config.quantization_config = None
     with torch.device("meta"):
@@ -129,19 +136,34 @@ def _fp8_blocks(
 
 
 def _widen(
-    name: str, weight: torch.Tensor, scale: torch.Tensor, size: int, block: int
+    name: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    shape: tuple[int, ...],
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append zeros in the dimension of the expert's columns.
+    """Append zeros up to ``shape``; where gate and up are fused, to each of them.
 
     Their scale is the smallest of the tensor: vLLM's CPU kernel reads the FP8 code
     0 as 2**-7, which is nothing next to the codes of a block, but much times 1.
     """
-    down = re.search(r"\.(down_proj|w2)\.", name)
-    dim, ends = (1, (0,)) if down else (0, (0, 0, 0))
-    columns = (*ends, size - weight.shape[dim])
-    blocks = (*ends, -(-size // block) - scale.shape[dim])
-    pad = torch.nn.functional.pad
-    return pad(weight, columns), pad(scale, blocks, value=scale.min().item())
+    parts = 2 if "gate_up_proj" in name else 1
+    if weight.shape[0] % (parts * block) and parts > 1:
+        raise UsageError(
+            f"{name} has gate and up in one quant block, {weight.shape[0]} / 2 rows "
+            "each, and cannot be widened for a control; give --control-tp 1."
+        )
+    shape = shape[0] // parts, shape[1]
+    blocks = [-(-size // block) for size in shape]
+    least = scale.min().item()
+    weights = [_pad(part, shape) for part in weight.chunk(parts)]
+    scales = [_pad(part, blocks, least) for part in scale.chunk(parts)]
+    return torch.cat(weights), torch.cat(scales)
+
+
+def _pad(tensor: torch.Tensor, shape: Sequence[int], value: float = 0) -> torch.Tensor:
+    rows, columns = (n - old for n, old in zip(shape, tensor.shape, strict=True))
+    return torch.nn.functional.pad(tensor, (0, columns, 0, rows), value=value)
 
 
 def _write_tokenizer(vocab_size: int, directory: Path) -> None:

@@ -1,0 +1,162 @@
+"""Which engines parity compares: a baseline and a control always exist."""
+
+import argparse
+import json
+
+import pytest
+
+from tests.cli.test_model_config import MODELS, QWEN3_MOE
+from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli.model_config import ModelConfig
+from vllm_patch.cli.parity_runs import Checkpoints, Runs, prompts
+
+AIR = MODELS / "glm4_moe_1408.json"
+DENSE = MODELS / "qwen3_2432.json"
+
+
+@pytest.fixture
+def labels(tmp_path, monkeypatch):
+    """Return the labels of the runs for a config, and the configs that are written."""
+    from vllm_patch.cli import synthetic
+
+    written = {}
+
+    def note(config, directory, wide):
+        written[str(directory)] = wide
+
+    monkeypatch.setattr(synthetic, "write_checkpoint", note)
+
+    def choose(
+        file, tp=8, model=None, is_on_cpu=True, baseline=1, control=None, **changes
+    ):
+        work = tmp_path / f"cpu-{is_on_cpu}"
+        work.mkdir()
+        path = work / "config.json"
+        path.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        config = ModelConfig.read(path)
+        args = argparse.Namespace(
+            tp=tp,
+            baseline_tp=baseline,
+            control_tp=control,
+            model=model,
+            engine_args={"max_model_len": 512},
+        )
+        checkpoints = Checkpoints(model, config, work, print)
+        processes = Runs(args, config, is_on_cpu).processes(checkpoints)
+        sizes = {
+            role: (process.engine, written.get(process.engine["model"], config))
+            for role, process in processes.items()
+        }
+        return {role: process.label for role, process in processes.items()}, sizes
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "baseline", "control"),
+    [
+        (QWEN3_MOE, {}, "stock TP 1", "stock TP 4 (control)"),
+        # 1280 / 8 = 160: ten blocks, which TP 2 keeps whole.
+        (MODELS / "qwen3_moe_1280.json", {}, "stock TP 1", "stock TP 2 (control)"),
+        # Five blocks: TP 5 keeps them whole where it divides the heads.
+        (
+            QWEN3_MOE,
+            {"moe_intermediate_size": 640, "num_attention_heads": 40},
+            "stock TP 1",
+            "stock TP 8, widened (control)",
+        ),
+        (
+            QWEN3_MOE,
+            {
+                "moe_intermediate_size": 640,
+                "num_attention_heads": 40,
+                "num_key_value_heads": 40,
+            },
+            "stock TP 1",
+            "stock TP 5 (control)",
+        ),
+        # Routed and shared experts of 11 blocks, dense layers of 85.5.
+        (AIR, {}, "stock TP 1, widened", "stock TP 8, widened (control)"),
+        # 19 blocks; eight heads of 64 stay whole up to TP 4.
+        (DENSE, {}, "stock TP 1", "stock TP 4, widened (control)"),
+        # Two KV heads of 64 are one block: only TP 1 keeps it.
+        (
+            DENSE,
+            {"num_key_value_heads": 2},
+            "stock TP 1",
+            "stock TP 1, prompt by prompt (control)",
+        ),
+        # No field for the experts alone: shared experts are widened with them.
+        (
+            QWEN3_MOE,
+            {"moe_intermediate_size": 640, "n_shared_experts": 1},
+            "stock TP 1",
+            "stock TP 8, widened (control)",
+        ),
+    ],
+)
+def test_a_synthetic_model_has_a_control(labels, file, changes, baseline, control):
+    for is_on_cpu in (True, False):
+        found, runs = labels(file, is_on_cpu=is_on_cpu, **changes)
+        assert found == {
+            "baseline": baseline,
+            "control": control,
+            "stock": "stock TP 8",
+            "patched": "patched TP 8",
+        }
+        for role in ("baseline", "control"):
+            engine, config = runs[role]
+            assert not config.cuts(engine["tensor_parallel_size"])
+        assert runs["stock"] == runs["patched"]
+        assert runs["patched"][1].mlp_sizes == runs["stock"][1].mlp_sizes
+        assert {engine["max_model_len"] for engine, _ in runs.values()} == {512}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_on_cpu", "control"),
+    [
+        ({"moe_intermediate_size": 640}, False, "stock TP 8 + expert parallel"),
+        # vLLM has no expert parallelism on a CPU.
+        ({"moe_intermediate_size": 640}, True, "stock TP 1, prompt by prompt"),
+        # Expert parallelism does not rescue shared experts.
+        (
+            {"moe_intermediate_size": 640, "n_shared_experts": 1},
+            False,
+            "stock TP 1, prompt by prompt",
+        ),
+    ],
+)
+def test_a_given_checkpoint_has_a_control(
+    labels, tmp_path, changes, is_on_cpu, control
+):
+    found, runs = labels(QWEN3_MOE, model=tmp_path, is_on_cpu=is_on_cpu, **changes)
+    assert found["control"] == f"{control} (control)"
+    engine, _ = runs["control"]
+    assert engine["model"] == str(tmp_path)
+    assert ("enable_expert_parallel" in engine) == ("expert" in control)
+    assert ("max_num_seqs" in engine) == ("prompt" in control)
+
+
+def test_the_baselines_size_as_control_batches_otherwise(labels):
+    found, _ = labels(QWEN3_MOE, baseline=2, control=2)
+    assert found["control"] == "stock TP 2, prompt by prompt (control)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # One KV head of 64: no stock run has whole blocks, at TP 1 neither.
+        ({"num_key_value_heads": 1}, "--baseline-tp 1 cuts quant blocks of"),
+        ({"control": 8}, "--control-tp 8 cuts quant blocks of"),
+        ({"control": 3}, "--control-tp 3 does not divide num_attention_heads = 8"),
+        ({"tp": 1}, "--tp 1 keeps the quant blocks of"),
+    ],
+)
+def test_where_there_is_nothing_to_judge_by(labels, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        labels(DENSE, **arguments)
+
+
+def test_prompts_are_fixed():
+    assert prompts(4096) == prompts(4096)
+    assert sum(len(prompt) - 1 for prompt in prompts(4096)) == 760

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP8 operators of vLLM's CPU build in plain torch: same arguments, same blocks.
+
+As there, weights are dequantized and activations stay in bfloat16.
+"""
+
+import functools
+import inspect
+from types import ModuleType
+
+import torch
+from torch.nn.functional import silu
+
+BLOCK = [128, 128]
+_libraries: list[torch.library.Library] = []
+
+
+def define(custom_ops: ModuleType) -> None:
+    """Define the operators that torch lacks, and replace ``fused_experts_cpu``.
+
+    Args:
+        custom_ops: ``vllm._custom_ops``, from which vLLM imports the latter. Its
+            parameters differ between releases, so they are bound by name.
+
+    """
+    library = torch.library.Library("_C", "FRAGMENT")
+    library.define("convert_weight_packed(Tensor(a) weight) -> Tensor(a)")
+    library.define(
+        "fp8_scaled_mm_cpu(Tensor x, Tensor weight, Tensor scale, int[] block, "
+        "Tensor? bias, ScalarType dtype, bool packed) -> Tensor"
+    )
+    for name, function in (
+        ("convert_weight_packed", lambda weight: weight),
+        ("fp8_scaled_mm_cpu", scaled_mm),
+    ):
+        library.impl(name, function, "CompositeExplicitAutograd")
+    _libraries.append(library)  # Gone with it are the operators.
+
+    signature = inspect.signature(custom_ops.fused_experts_cpu)
+
+    @functools.wraps(custom_ops.fused_experts_cpu)
+    def fused_experts_cpu(*args, **kwargs):
+        return _fused_experts(signature.bind(*args, **kwargs).arguments)
+
+    custom_ops.fused_experts_cpu = fused_experts_cpu
+
+
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: list[int]):
+    """Return float32 ``weight * scale``, the last blocks whole or not.
+
+    Args:
+        weight: float8_e4m3fn ``[rows, columns]``.
+        scale: float32, one for each ``block``.
+        block: Rows and columns of a quant block.
+
+    """
+    rows, columns = weight.shape
+    scale = scale.repeat_interleave(block[0], 0)[:rows]
+    return weight.float() * scale.repeat_interleave(block[1], 1)[:, :columns]
+
+
+def scaled_mm(x, weight, scale, block, bias, dtype, packed) -> torch.Tensor:
+    """Return ``x @ weight.T + bias`` of ``dtype``, summed in float32."""
+    y = x.float() @ dequantize(weight, scale, block).T
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _fused_experts(arguments: dict) -> torch.Tensor | None:
+    known = {"out", "hidden_states", "w1", "w2", "topk_weights", "topk_ids"}
+    known |= {"w1_scale", "w2_scale", "block_size", "moe_comp_method"}
+    known |= {"inplace", "is_vnni"}
+    given = {name for name, value in arguments.items() if value is not None}
+    if given - known or arguments["moe_comp_method"].name != "FP8_W8A16":
+        raise NotImplementedError(
+            f"plain torch computes block-FP8 experts only, not {arguments}"
+        )
+    x, ids = arguments["hidden_states"], arguments["topk_ids"]
+    block = arguments.get("block_size") or BLOCK
+
+    def weight(name: str, expert: int) -> torch.Tensor:
+        scale = arguments[f"{name}_scale"]
+        return dequantize(arguments[name][expert], scale[expert], block)
+
+    y = torch.zeros(x.shape, dtype=torch.float32)
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[token].float() @ weight("w1", expert).T).chunk(2, -1)
+        # vLLM's operator keeps this in the dtype of the activations, too.
+        h = (silu(gate) * up).to(x.dtype).float()
+        factors = arguments["topk_weights"][token, slot, None].float()
+        y.index_add_(0, token, (h @ weight("w2", expert).T) * factors)
+    out = arguments.get("out")
+    if out is None:
+        return y.to(x.dtype)
+    out.copy_(y)
+    return None

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the four runs of ``parity`` amount to, for people and for machines."""
+
+import dataclasses
+from typing import Any
+
+from vllm_patch.cli import comparison
+from vllm_patch.cli.engine_process import EngineProcess, EngineResult
+
+HOLDS, FAILS, UNJUDGED = 0, 1, 2
+GIB = 2**30
+_HEAD = ("run", "result", "mean |dlogp|", "max |dlogp|", "top-1", "seconds", "GiB")
+
+
+class Verdict:
+    """The results by role, compared; later runs are missing if a measure failed."""
+
+    def __init__(self, results: dict[str, tuple[EngineProcess, EngineResult]]):
+        self.results = results
+        baseline = results["baseline"][1]
+        self.differences = {
+            role: comparison.difference(baseline.scores, result.scores)
+            for role, (_, result) in results.items()
+            if role != "baseline" and baseline.scores and result.scores
+        }
+
+    @property
+    def unjudged(self) -> str | None:
+        """Why the patched engine cannot be judged by these runs, or None."""
+        for role in ("baseline", "control"):
+            process, result = self.results[role]
+            if result.error:
+                return f"{process.label} failed: {result.error}"
+        control = self.differences["control"]
+        if not comparison.is_noise(control):
+            return (
+                f"the control is {control.mean:.2f} nats from the baseline, too far to "
+                "judge by; try fewer --layers or another --control-tp"
+            )
+        patched = self.results["patched"][1]
+        if not patched.error and patched.padding is None:
+            return (
+                "the plugin took no layer over: this TP size cuts no quant block, or "
+                "the run's log (--logs) says why"
+            )
+        return None
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no parity, or None; only where the runs can be judged."""
+        process, result = self.results["patched"]
+        if result.error:
+            return f"{process.label} failed: {result.error}"
+        control, patched = self.differences["control"], self.differences["patched"]
+        if not comparison.holds(patched, control):
+            return "patched is farther from the baseline than noise explains"
+        return None
+
+    @property
+    def code(self) -> int:
+        """The command's exit code."""
+        if self.unjudged:
+            return UNJUDGED
+        return FAILS if self.failure else HOLDS
+
+    def __str__(self) -> str:
+        if self.unjudged:
+            return f"CANNOT BE JUDGED: {self.unjudged}"
+        return f"NO PARITY: {self.failure}" if self.failure else "PARITY HOLDS"
+
+    def table(self, operators: str | None) -> str:
+        """Return a row for each run, then what was logged and allowed.
+
+        Args:
+            operators: Who multiplied FP8 weights on a CPU.
+
+        """
+        width = max(len(process.label) for process, _ in self.results.values()) + 2
+        lines = [_row(width, *_HEAD)]
+        for role, (process, result) in self.results.items():
+            outcome = "fails" if result.error else "serves"
+            gap = self.differences.get(role)
+            gaps = (
+                (f"{gap.mean:.4f}", f"{gap.max:.4f}", f"{gap.top1:.1%}")
+                if gap
+                else ("-", "-", "-")
+            )
+            spent = f"{result.seconds:.0f}", f"{result.peak_bytes / GIB:.1f}"
+            lines.append(_row(width, process.label, outcome, *gaps, *spent))
+        lines.append("")
+        if "patched" in self.results:  # The last one, so all were made.
+            stock_process, stock = self.results["stock"]
+            if stock.error:
+                lines.append(f"{stock_process.label}: {stock.error}")
+            if padding := self.results["patched"][1].padding:
+                lines.append(padding)
+        if operators:
+            lines.append(f"FP8 operators on this CPU: {operators}")
+        if "control" in self.differences:
+            mean, most = comparison.limits(self.differences["control"])
+            lines.append(f"limits, nats: mean {mean:.4f}, max {most:.4f}")
+        return "\n".join([*lines, str(self)])
+
+    def report(self) -> dict[str, Any]:
+        """Return the result for machines."""
+        runs = {}
+        for role, (process, result) in self.results.items():
+            gap = self.differences.get(role)
+            runs[role] = {
+                "label": process.label,
+                "engine": process.engine,
+                "error": result.error,
+                "padding": result.padding,
+                "seconds": result.seconds,
+                "peak_bytes": result.peak_bytes,
+                "difference": dataclasses.asdict(gap) if gap else None,
+                **(result.scores or {}),
+            }
+        return {
+            "parity": None if self.unjudged else not self.failure,
+            "failure": self.unjudged or self.failure,
+            "runs": runs,
+        }
+
+
+def _row(width: int, label: str, outcome: str, *cells: str) -> str:
+    widths = (14, 14, 10, 10, 8)
+    return f"{label:<{width}}{outcome:<8}" + "".join(
+        f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)
+    )
