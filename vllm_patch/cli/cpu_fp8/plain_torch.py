@@ -30,7 +30,7 @@ def define(custom_ops: ModuleType) -> None:
         "Tensor? bias, ScalarType dtype, bool packed) -> Tensor"
     )
     for name, function in (
-        ("convert_weight_packed", lambda weight: weight),
+        ("convert_weight_packed", lambda weight: weight.data),
         ("fp8_scaled_mm_cpu", scaled_mm),
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
