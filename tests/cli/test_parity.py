@@ -16,7 +16,7 @@ from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
 
 SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
-PADDING = "FP8 TP padding is on: 2 MoE layers"
+PADDING = "FP8 layers cut inside quant blocks: 2 MoE layers"
 
 
 def shifted(by: float) -> dict:

@@ -97,7 +97,7 @@ def test_the_log_line_says_what_is_stored_and_why(monkeypatch, padding_log):
         experts.process(layer, 2, 0)
     first, second = (record.getMessage() for record in padding_log())
     assert (
-        "1 MoE layers, 384 / TP 2 = 192 stored as they are, for masked Triton kernels; "
-        "0.0 MiB of padding"
+        "1 MoE layers, 384 / TP 2 = 192 stored as they are, for masked Triton kernels. "
+        "VLLM_FP8_TP_PADDING=off"
     ) in first
     assert "192 padded to 256 (VLLM_FP8_TP_PADDING=padded); 0.1 MiB" in second

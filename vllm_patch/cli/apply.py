@@ -2,6 +2,8 @@
 """``vllm-patch apply``: the git patches, put into a vLLM source tree."""
 
 import argparse
+import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,11 @@ def run(args: argparse.Namespace) -> int:
     if args.check and args.reverse:
         raise UsageError("--check only looks, so --reverse has no meaning with it")
     tree = VllmTree(args.tree)
+    with _locked(args.tree, to_write=not (args.check or args.dry_run)):
+        return _run(args, tree)
+
+
+def _run(args: argparse.Namespace, tree: VllmTree) -> int:
     with _unchanged(args.tree):
         series = series_for(tree)
     what = f"vLLM {series.release} in {args.tree}"
@@ -88,6 +95,29 @@ def run(args: argparse.Namespace) -> int:
     done = "Took the patches out of" if args.reverse else "Applied the patches to"
     print(f"{done} {what}: {len(files)} files.")
     return 0
+
+
+@contextmanager
+def _locked(root: Path, to_write: bool) -> Iterator[None]:
+    """Keep other processes of this command from a tree, or from writing to it.
+
+    The lock is on the folder, leaves nothing there, and goes with the process.
+    """
+    folder = os.open(root / "vllm", os.O_RDONLY)
+    try:
+        _lock(folder, root, fcntl.LOCK_EX if to_write else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, root: Path, kind: int) -> None:
+    try:
+        fcntl.flock(folder, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{root} is in use by another vllm-patch apply. Wait until it has ended."
+        ) from error
 
 
 @contextmanager

@@ -36,7 +36,7 @@ _ERROR_LINE = re.compile(
     r"^(?!.*\bWARNING\b).*?(?:^|\s)"
     r"((?:\w+\.)*\w*(?:Error|Exception): .+|Worker proc \S+ died unexpectedly.*)$"
 )
-_PADDED_LINE = re.compile(r"(FP8 TP padding is on: .+)$")
+_PADDED_LINE = re.compile(r"(FP8 layers cut inside quant blocks: .+)$")
 
 
 @dataclass(frozen=True)

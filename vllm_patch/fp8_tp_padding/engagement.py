@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Says once per model which layers were padded, and what it costs."""
+"""Says once per model which layers are cut, how they are stored, and what it costs."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -60,11 +60,13 @@ def report(tp_rank: int) -> None:
     first one, so a call from there covers the model.
     """
     if _layers and tp_rank == 0:
+        parts = [_describe(size, count) for size, count in _layers.items()]
+        if added := sum(map(_added_bytes, _layers)):
+            parts.append(f"{added / 2**20:.1f} MiB of padding on the largest rank")
         logger.info(
-            "FP8 TP padding is on: %s; %.1f MiB of padding on the largest rank. "
+            "FP8 layers cut inside quant blocks: %s. "
             "VLLM_FP8_TP_PADDING=off goes back to stock vLLM.",
-            "; ".join(_describe(size, count) for size, count in _layers.items()),
-            sum(map(_added_bytes, _layers)) / 2**20,
+            "; ".join(parts),
         )
     _layers.clear()
     _column_bytes.clear()
