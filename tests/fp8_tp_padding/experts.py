@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import exact
 from .tensor_parallel import rank_of
 
 BLOCK = 128
@@ -39,6 +40,23 @@ class Checkpoint:
             )
             weights[shard] = codes.to(FP8)
             scales[shard] = random_scales(experts, rows, columns, generator=generator)
+        return cls(weights, scales)
+
+    @classmethod
+    def exact(cls, total: int, experts: int, hidden: int):
+        """Return gated experts whose sums are exact in float32."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"w1": (total, hidden), "w3": (total, hidden), "w2": (hidden, total)}
+        pairs = {
+            shard: (
+                exact.weights(experts, *shape, generator=generator),
+                exact.scales(experts, *shape, generator=generator),
+            )
+            for shard, shape in shapes.items()
+        }
+        weights, scales = (
+            {shard: pair[i] for shard, pair in pairs.items()} for i in range(2)
+        )
         return cls(weights, scales)
 
     def dequantized(self, shard: str) -> torch.Tensor:

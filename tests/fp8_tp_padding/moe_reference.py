@@ -1,22 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""All experts in float32, the readable way."""
+"""All experts in float32, the readable way, and how far a kernel may be from it."""
+
+from dataclasses import dataclass
 
 import torch
 
+from .exact import FP8, FP8_MAX
 from .experts import BLOCK, Checkpoint
+
+# float32 rounds by this, relative to the value.
+ROUNDING = 2.0**-24
+# Gate and up are exact; SiLU, whose exponential each library rounds in its own way,
+# and the scale of the group add about 20 roundings to an intermediate value. Where
+# that makes another code of it, either is right.
+TIE = 32 * ROUNDING
+# A result is a sum of exact products, each multiplied by such a scale and a router's
+# weight, and added to fewer than 64 others: in any order, no more than this times
+# the sum of their sizes.
+SUM = 128 * ROUNDING
 
 
 def fake_quantize(x: torch.Tensor) -> torch.Tensor:
     """Round one activation group to FP8 and back, as vLLM does before a GEMM."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / FP8_MAX
+    return (x / scale).to(FP8).float() * scale
+
+
+def open_codes(x: torch.Tensor) -> torch.Tensor:
+    """Return how far apart the codes are that a group's values may round to."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / FP8_MAX
+    low, high = ((x / scale * (1 + e)).to(FP8).float() for e in (-TIE, TIE))
+    return (high - low).abs() * scale
 
 
 def groups_of_rank(start: int, size: int) -> list[slice]:
     """Cut a rank's columns where the checkpoint's blocks end."""
     cuts = [start, *range(-(-(start + 1) // BLOCK) * BLOCK, start + size, BLOCK)]
     return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], start + size], strict=True)]
+
+
+@dataclass
+class Expected:
+    """A result, and how far from it another one may be.
+
+    Attributes:
+        value: float32 ``[tokens, hidden]``.
+        size: The sizes of its terms, summed.
+        open: What codes that lie at a tie can change.
+        tied: How many those are.
+        codes: Of how many.
+
+    """
+
+    value: torch.Tensor
+    size: torch.Tensor
+    open: torch.Tensor
+    tied: int = 0
+    codes: int = 0
+
+    def check(self, value: torch.Tensor) -> None:
+        """Assert that ``value`` is this, up to the rounding of sums and of ties."""
+        assert self.tied <= 1 + self.codes / 1000, f"{self.tied} codes lie at a tie"
+        error = (value.float() - self.value).abs()
+        excess = error - SUM * self.size - self.open
+        worst = int(excess.nan_to_num(torch.inf).argmax())
+        assert (excess <= 0).all(), (
+            f"element {worst}: {value.flatten()[worst]} instead of "
+            f"{self.value.flatten()[worst]}, allowed {error.flatten()[worst]} less "
+            f"{excess.flatten()[worst]}; {int((excess > 0).sum())} such elements"
+        )
 
 
 def reference(
@@ -28,7 +81,7 @@ def reference(
     topk_ids: torch.Tensor,
     biases: dict[str, torch.Tensor] | None = None,
     ranks: list[int] | None = None,
-) -> torch.Tensor:
+) -> Expected:
     """Sum over ``ranks`` (default: all), activations quantized in their groups.
 
     Args:
@@ -42,25 +95,32 @@ def reference(
         ranks: Whose part of the sum to return.
 
     """
-    count, hidden_size = checkpoint.weights["w1"].shape[0], x.shape[1]
+    count = checkpoint.weights["w1"].shape[0]
     biases = biases or dict.fromkeys(("w1", "w3", "w2"), torch.zeros(count, 1))
     gate, up, down = (checkpoint.dequantized(shard) for shard in ("w1", "w3", "w2"))
     x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1)
     size = total // tp_size
-    out = torch.zeros(x.shape)
+    out = Expected(*(torch.zeros(x.shape) for _ in range(3)))
     for token, slot in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)):
-        expert = topk_ids[token, slot]
+        expert, factor = topk_ids[token, slot], topk_weights[token, slot]
         if expert < 0:
             continue
         hidden = torch.nn.functional.silu(
             gate[expert] @ x[token] + biases["w1"][expert]
         )
         hidden *= up[expert] @ x[token] + biases["w3"][expert]
-        result = biases["w2"][expert].expand(hidden_size).clone()
+        out.value[token] += factor * biases["w2"][expert]
+        out.size[token] += factor * biases["w2"][expert].abs()
         for rank in range(tp_size) if ranks is None else ranks:
             for group in groups_of_rank(rank * size, size):
-                result += down[expert][:, group] @ fake_quantize(hidden[group])
-        out[token] += topk_weights[token, slot] * result
+                columns = down[expert][:, group]
+                term = columns @ fake_quantize(hidden[group])
+                may_differ = open_codes(hidden[group])
+                out.value[token] += factor * term
+                out.size[token] += factor * term.abs()
+                out.open[token] += factor * (columns.abs() @ may_differ)
+                out.tied += int((may_differ > 0).sum())
+                out.codes += len(may_differ)
     return out
 
 

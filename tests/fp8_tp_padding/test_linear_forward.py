@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .exact import activations, matrix
 from .experts import dequantize, poison
 from .tensor_parallel import rank_of, runs_kernels
 from .test_linear_loading import (
@@ -13,10 +14,8 @@ from .test_linear_loading import (
     build,
     linear_reference,
     load,
-    matrix,
     merged,
     method_name,
-    relative_error,
     run,
 )
 
@@ -43,11 +42,11 @@ def test_column_parallel(total, rank):
     poison(layer)
     load(layer, {None: (weight, scale)})
     layer.bias.weight_loader(layer.bias, bias)
-    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    x = activations(3, HIDDEN)
     y = run(layer, x, TP, rank)
     expected = linear_reference(x, weight, scale)[:, mine] + bias[mine]
     assert y.is_contiguous()
-    assert relative_error(y, expected) < 1e-5
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("rank", range(TP))
@@ -59,7 +58,7 @@ def test_merged_column_parallel(total, rank):
     layer = merged(TP, rank, totals, dtype=torch.float32)
     poison(layer)
     load(layer, tensors)
-    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    x = activations(3, HIDDEN)
     expected = torch.cat(
         [
             linear_reference(x, *tensors[i])[:, rows_of(size, rank)]
@@ -69,7 +68,7 @@ def test_merged_column_parallel(total, rank):
     )
     y = run(layer, x, TP, rank)
     assert y.is_contiguous()
-    assert relative_error(y, expected) < 1e-5
+    assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("total", SIZES)
@@ -77,7 +76,7 @@ def test_row_parallel_sums_to_the_whole(total):
     """Each rank adds what its columns are worth, and the bias comes once."""
     weight, scale = matrix(HIDDEN, total, seed=0)
     bias = torch.arange(float(HIDDEN))
-    x = torch.randn(3, total, dtype=torch.float32)
+    x = activations(3, total)
     summed, expected = torch.zeros(3, HIDDEN), bias.repeat(3, 1)
     for rank in range(TP):
         sizes = {"input_size": total, "output_size": HIDDEN}
@@ -92,7 +91,7 @@ def test_row_parallel_sums_to_the_whole(total):
         )
         expected += linear_reference(pad_to_blocks(alone), *padded(weight, scale))
         summed += run(layer, x[:, mine], TP, rank)
-    assert relative_error(summed, expected) < 1e-5
+    assert torch.equal(summed, expected)
 
 
 def pad_to_blocks(tensor):
@@ -111,9 +110,9 @@ def test_a_layer_without_tensor_parallelism_that_ends_inside_a_block(rank):
     assert method_name(layer) == "Fp8TpPaddedLinearMethod"
     poison(layer)
     load(layer, tensors)
-    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    x = activations(3, HIDDEN)
     expected = torch.cat([linear_reference(x, *t) for t in tensors.values()], -1)
-    assert relative_error(run(layer, x, TP, rank), expected) < 1e-5
+    assert torch.equal(run(layer, x, TP, rank), expected)
 
 
 @pytest.mark.parametrize("rank", [5, 4])

@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from . import exact
 from .experts import BLOCK, FP8, dequantize, poison, random_scales
 from .moe_reference import fake_quantize, relative_error
 from .tensor_parallel import rank_of, runs_kernels
@@ -116,9 +117,9 @@ def test_qkv_with_replicated_heads(rank):
     """Heads of 64, two KV heads on eight ranks: every slice straddles or is small."""
     heads, kv_heads, head, hidden = 24, 2, 64, 256
     tensors = {
-        "q": matrix(heads * head, hidden, 0),
-        "k": matrix(kv_heads * head, hidden, 1),
-        "v": matrix(kv_heads * head, hidden, 2),
+        "q": exact.matrix(heads * head, hidden, 0),
+        "k": exact.matrix(kv_heads * head, hidden, 1),
+        "v": exact.matrix(kv_heads * head, hidden, 2),
     }
     layer = build(
         "QKVParallelLinear",
@@ -135,7 +136,7 @@ def test_qkv_with_replicated_heads(rank):
     poison(layer)
     load(layer, tensors)
     layer.bias.data.copy_(torch.arange(320.0))
-    x = torch.randn(3, hidden, dtype=torch.float32)
+    x = exact.activations(3, hidden)
     with rank_of(8, rank, torch.float32):
         layer.quant_method.process_weights_after_loading(layer)
         y, _ = layer(x)
@@ -146,7 +147,7 @@ def test_qkv_with_replicated_heads(rank):
         [linear_reference(x, *tensors[s])[:, rows[s]] for s in tensors], -1
     )
     expected += torch.arange(320.0)
-    assert ((y - expected).norm() / expected.norm()).item() < 1e-5
+    assert torch.equal(y, expected)
 
 
 def method_name(layer) -> str:
@@ -178,17 +179,17 @@ def test_small_shards_keep_their_scales_where_stock_overwrites_them(monkeypatch)
 
     With a fourth, stock stops: its row 2 does not exist.
     """
-    tensors = {i: matrix(64, HIDDEN, seed=i) for i in range(3)}
-    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    tensors = {i: exact.matrix(64, HIDDEN, seed=i) for i in range(3)}
+    x = exact.activations(3, HIDDEN)
     expected = torch.cat([linear_reference(x, *t) for t in tensors.values()], -1)
-    errors = {}
+    outputs = {}
     for name, setting in (("ours", "auto"), ("stock", "off")):
         monkeypatch.setenv("VLLM_FP8_TP_PADDING", setting)
         layer = merged(1, 0, [64] * 3, dtype=torch.float32)
         load(layer, tensors)
-        errors[name] = relative_error(run(layer, x), expected)
-    assert errors["ours"] < 1e-5
-    assert errors["stock"] > 0.1
+        outputs[name] = run(layer, x)
+    assert torch.equal(outputs["ours"], expected)
+    assert relative_error(outputs["stock"], expected) > 0.1
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -209,18 +210,18 @@ def test_fused_tensors_are_taken_apart(rank):
 @runs_kernels
 @pytest.mark.parametrize("rank", range(4))
 def test_fused_shards_inside_one_block_share_its_scale(rank):
-    weight, scale = matrix(192, HIDDEN, seed=0)
+    weight, scale = exact.matrix(192, HIDDEN, seed=0)
     layer = merged(4, rank, [128, 32, 32], dtype=torch.float32)
     poison(layer)
     load(layer, {None: (weight, scale)})
-    x = torch.randn(3, HIDDEN, dtype=torch.float32)
+    x = exact.activations(3, HIDDEN)
     rows = [
         slice(rank * 32, rank * 32 + 32),
         *(slice(start + rank * 8, start + rank * 8 + 8) for start in (128, 160)),
     ]
     whole = linear_reference(x, weight, scale)
     expected = torch.cat([whole[:, mine] for mine in rows], -1)
-    assert relative_error(run(layer, x, 4, rank), expected) < 1e-5
+    assert torch.equal(run(layer, x, 4, rank), expected)
 
 
 def test_scales_of_shards_that_were_fused_after_quantization_are_refused():
@@ -260,7 +261,7 @@ def test_other_layers_are_stock(kind, kwargs):
 @runs_kernels
 @pytest.mark.parametrize("rank", range(8))
 def test_row_parallel_forward(rank):
-    weight, scale = matrix(HIDDEN, 640, seed=0)
+    weight, scale = exact.matrix(HIDDEN, 640, seed=0)
     layer = build(
         "RowParallelLinear",
         8,
@@ -275,9 +276,9 @@ def test_row_parallel_forward(rank):
     load(layer, {None: (weight, scale)})
     whole = torch.zeros(3, 640)
     mine = slice(rank * 80, rank * 80 + 80)
-    whole[:, mine] = torch.randn(3, 80, dtype=torch.float32)
+    whole[:, mine] = exact.activations(3, 80)
     y = run(layer, whole[:, mine], 8, rank)
-    assert relative_error(y, linear_reference(whole, weight, scale)) < 1e-5
+    assert torch.equal(y, linear_reference(whole, weight, scale))
 
 
 def test_vllm_sees_no_padding():
@@ -295,7 +296,7 @@ def test_raw_weights_are_read_without_padding():
         get_and_maybe_dequant_weights,
     )
 
-    weight, scale = matrix(8 * 320, HIDDEN, seed=0)
+    weight, scale = exact.matrix(8 * 320, HIDDEN, seed=0)
     layer = build(
         "ColumnParallelLinear",
         8,
@@ -311,7 +312,7 @@ def test_raw_weights_are_read_without_padding():
         raw = get_and_maybe_dequant_weights(layer)
     expected = dequantize(weight, scale)[3 * 320 : 4 * 320]
     assert raw.shape == expected.shape
-    assert relative_error(raw, expected) < 1e-5
+    assert torch.equal(raw, expected)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from . import experts
+from . import exact, experts
 from .experts import Checkpoint, build, load
 from .moe_reference import reference, relative_error
 from .tensor_parallel import runs_kernels
@@ -17,7 +17,7 @@ TOKENS, EXPERTS, TOP_K, HIDDEN = 5, 3, 2, 256
 
 def routing():
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float32)
+    x = exact.activations(TOKENS, HIDDEN)
     logits = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float32)
     weights, ids = logits.softmax(-1).topk(TOP_K, -1)
     return x, weights, ids.to(torch.int32)
@@ -39,24 +39,25 @@ def padded_store(monkeypatch):
     ],
 )
 def test_ranks_sum_to_the_reference(padded_store, total, tp_size):
-    checkpoint = Checkpoint.random(total, experts=EXPERTS, hidden=HIDDEN)
+    checkpoint = Checkpoint.exact(total, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     summed = sum_of_ranks(checkpoint, total, tp_size, inputs)
     expected = reference(checkpoint, total, tp_size, *inputs)
-    assert relative_error(summed, expected) < 1e-5
+    expected.check(summed)
 
 
 def test_ranks_sum_to_the_reference_with_biases(padded_store):
-    checkpoint = Checkpoint.random(384, experts=EXPERTS, hidden=HIDDEN)
+    checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     generator = torch.Generator().manual_seed(3)
     biases = {
-        shard: torch.randn(EXPERTS, size, generator=generator, dtype=torch.float32)
+        # Of the gate's and up's size, and exact next to them.
+        shard: torch.randint(-9, 10, (EXPERTS, size), generator=generator) / 4
         for shard, size in (("w1", 384), ("w3", 384), ("w2", HIDDEN))
     }
     inputs = routing()
     summed = sum_of_ranks(checkpoint, 384, 2, inputs, biases)
     expected = reference(checkpoint, 384, 2, *inputs, biases)
-    assert relative_error(summed, expected) < 1e-5
+    expected.check(summed)
 
 
 def sum_of_ranks(checkpoint, total, tp_size, inputs, biases=None):
@@ -112,7 +113,7 @@ def test_the_layers_own_path_is_as_exact_as_an_aligned_one(monkeypatch, mode):
     Qwen3-30B-A3B: 192 columns at TP 4.
     """
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
-    checkpoint = Checkpoint.random(768, experts=EXPERTS, hidden=HIDDEN)
+    checkpoint = Checkpoint.exact(768, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()
     errors = {}
     for tp_size in (2, 4):
@@ -122,5 +123,5 @@ def test_the_layers_own_path_is_as_exact_as_an_aligned_one(monkeypatch, mode):
         )
         x, weights, ids = inputs
         expected = reference(checkpoint, 768, tp_size, x.bfloat16(), weights, ids)
-        errors[tp_size] = relative_error(summed, expected)
+        errors[tp_size] = relative_error(summed, expected.value)
     assert errors[4] < 1.5 * errors[2]

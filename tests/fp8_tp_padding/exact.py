@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Random numbers whose sums float32 holds exactly, in any order, on any CPU.
+
+Weights are integers, their scales powers of two, and activations integers of which
+each group has one that makes its scale a power of two as well. A sum of 4096 such
+products stays below 2**24 units, so that nothing is rounded and results can be
+compared bit for bit. The numbers come from ``torch.randint``, whose values, unlike
+those of ``torch.randn``, do not depend on the instructions that a CPU has.
+"""
+
+import torch
+
+BLOCK = 128
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448
+# Any eight neighbours have one activation of 448: groups of eight columns and more
+# have the scale UNIT.
+PERIOD = 8
+UNIT = 2.0**-6
+
+
+def weights(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """Return float8_e4m3fn integers from -3 to 3."""
+    return torch.randint(-3, 4, shape, generator=generator).float().to(FP8)
+
+
+def scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """Return float32 scales for a weight ``[..., rows, columns]``.
+
+    Powers of two; neighbouring blocks differ at least eightfold, so that a scale in
+    the wrong place shows.
+    """
+    blocks = *shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK)
+    odd = torch.arange(blocks[-2])[:, None] + torch.arange(blocks[-1])
+    exponents = torch.randint(0, 2, blocks, generator=generator) + 4 * (odd % 2)
+    return torch.exp2(exponents.float() - 10)
+
+
+def matrix(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a weight ``[rows, columns]`` and its scales."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = weights(rows, columns, generator=generator)
+    return weight, scales(rows, columns, generator=generator)
+
+
+def activations(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Return float32 ``[tokens, columns]``; bfloat16 holds the values, too."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-4, 5, (tokens, columns), generator=generator).float()
+    signs = torch.randint(0, 2, x[:, ::PERIOD].shape, generator=generator) * 2 - 1
+    x[:, ::PERIOD] = FP8_MAX * signs.float()
+    return x * UNIT
