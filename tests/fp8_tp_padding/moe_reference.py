@@ -15,10 +15,10 @@ ROUNDING = 2.0**-24
 # and the scale of the group add about 20 roundings to an intermediate value. Where
 # that makes another code of it, either is right.
 TIE = 32 * ROUNDING
-# A result is a sum of exact products, each multiplied by such a scale and a router's
-# weight, and added to fewer than 64 others: in any order, no more than this times
-# the sum of their sizes.
-SUM = 128 * ROUNDING
+# A result sums codes times weights in groups of up to 128, then fewer than 64 groups,
+# each multiplied by such a scale and a router's weight: in any order, that rounds by
+# no more than this times the sum of the terms' sizes.
+SUM = 256 * ROUNDING
 
 
 def fake_quantize(x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Expected:
     """A result, and how far from it another one may be.
 
     Attributes:
-        value: float32 ``[tokens, hidden]``.
+        value: float64 ``[tokens, hidden]``.
         size: The sizes of its terms, summed.
         open: What codes that lie at a tie can change.
         tied: How many those are.
@@ -62,7 +62,7 @@ class Expected:
     def check(self, value: torch.Tensor) -> None:
         """Assert that ``value`` is this, up to the rounding of sums and of ties."""
         assert self.tied <= 1 + self.codes / 1000, f"{self.tied} codes lie at a tie"
-        error = (value.float() - self.value).abs()
+        error = (value.double() - self.value).abs()
         excess = error - SUM * self.size - self.open
         worst = int(excess.nan_to_num(torch.inf).argmax())
         assert (excess <= 0).all(), (
@@ -100,7 +100,7 @@ def reference(
     gate, up, down = (checkpoint.dequantized(shard) for shard in ("w1", "w3", "w2"))
     x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1)
     size = total // tp_size
-    out = Expected(*(torch.zeros(x.shape) for _ in range(3)))
+    out = Expected(*torch.zeros(3, *x.shape, dtype=torch.float64))
     for token, slot in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)):
         expert, factor = topk_ids[token, slot], topk_weights[token, slot]
         if expert < 0:
@@ -113,12 +113,12 @@ def reference(
         out.size[token] += factor * biases["w2"][expert].abs()
         for rank in range(tp_size) if ranks is None else ranks:
             for group in groups_of_rank(rank * size, size):
-                columns = down[expert][:, group]
-                term = columns @ fake_quantize(hidden[group])
-                may_differ = open_codes(hidden[group])
-                out.value[token] += factor * term
-                out.size[token] += factor * term.abs()
-                out.open[token] += factor * (columns.abs() @ may_differ)
+                columns = factor * down[expert][:, group].double()
+                codes = fake_quantize(hidden[group]).double()
+                may_differ = open_codes(hidden[group]).double()
+                out.value[token] += columns @ codes
+                out.size[token] += columns.abs() @ codes.abs()
+                out.open[token] += columns.abs() @ may_differ
                 out.tied += int((may_differ > 0).sum())
                 out.codes += len(may_differ)
     return out

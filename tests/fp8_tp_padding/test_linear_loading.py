@@ -180,6 +180,7 @@ def test_small_shards_keep_their_scales_where_stock_overwrites_them(monkeypatch)
     With a fourth, stock stops: its row 2 does not exist.
     """
     tensors = {i: exact.matrix(64, HIDDEN, seed=i) for i in range(3)}
+    tensors = {i: (weight, 4.0**i * scale) for i, (weight, scale) in tensors.items()}
     x = exact.activations(3, HIDDEN)
     expected = torch.cat([linear_reference(x, *t) for t in tensors.values()], -1)
     outputs = {}
@@ -312,7 +313,8 @@ def test_raw_weights_are_read_without_padding():
         raw = get_and_maybe_dequant_weights(layer)
     expected = dequantize(weight, scale)[3 * 320 : 4 * 320]
     assert raw.shape == expected.shape
-    assert torch.equal(raw, expected)
+    # Each is multiplied by 448 and by 1 / 448, and added to zeros.
+    torch.testing.assert_close(raw, expected, rtol=4 * 2.0**-24, atol=0)
 
 
 @pytest.mark.parametrize(
