@@ -26,6 +26,13 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def captured(call: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
+    """Return what replays a graph of ``call``, and the output that it writes."""
+    outputs: list[torch.Tensor] = []
+    graph = capture([lambda: outputs.append(call())])
+    return graph.replay, outputs[-1]
+
+
 def microseconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     """Return the median time of each graph; they take turns, so clocks are alike."""
     times: list[list[float]] = [[] for _ in graphs]

@@ -9,15 +9,17 @@ A layer is timed as it is called without torch.compile and, if column-parallel, 
 more compiled, as an engine compiles it by default, with SiLU-and-multiply or the rotary
 embedding after it, for ours and for stock (by torch.compile, without vLLM's passes).
 
-Exits with 1 if a padded layer errs more than 1.1 times as much as the control, one rank
-and number of tokens more than 1.5 times, or compiled something else than alone; if it
-does not run where the control does; or if a layer that needs no padding launches other
-kernels with the plugin than without it.
+Exits with 1 if a padded layer is farther than TOLERATED_ERROR from an fp32 reference
+that rounds where vLLM's kernel rounds, in a token's row or in 128 columns; if a graph
+of it, replayed, differs from a call in a single bit, or it computes something else
+compiled than alone; if it does not run where the control does; or if a layer that needs
+no padding launches other kernels with the plugin than without it.
 """
 
 import argparse
 import copy
 import functools
+import math
 import os
 import sys
 import time
@@ -32,14 +34,14 @@ from benchmarks import graph_timing, linear_in_model
 from benchmarks.linear_cases import BLOCK, CASES, Case, Quantized, round_up
 from benchmarks.linear_reference import Arithmetic, expected, of_fp8_values
 from benchmarks.one_rank import rank_of
-from benchmarks.quantized import relative_error, root_mean_square
+from benchmarks.quantized import relative_error, worst_error
 from benchmarks.record import Rows, environment
 from vllm_patch import plugin
 
-TOLERATED_ERROR = 1.1
+# bfloat16 rounds outputs by up to 2**-9, and tensor cores add FP8 products in 14 bits.
+# One wrong column of 128 is 2**-3.5, one that is missing of an input of 2432 2**-5.6.
+TOLERATED_ERROR = 2**-7
 TOLERATED_TIME = 1.1
-# Of one rank and number of tokens: one token's rounding is more or less by chance.
-TOLERATED_WORST = 1.5
 # bfloat16 is rounded in other places.
 COMPILED_ERROR = 0.02
 # Beyond this, stock itself is wrong, and no measure.
@@ -168,7 +170,7 @@ def _check(run: Run, backend: str, case: Case) -> bool:
         run.problem(f"{backend}, {case.name}: not checked, the budget is spent")
         return False
     try:
-        stock = root_mean_square(_errors(run, case.aligned()))
+        stock = max(_errors(run, case.aligned()))
     except Exception as error:  # Kernels raise what they like.
         print(f"  {case.name:26} stock fails: {_first_line(error)}", flush=True)
         return False
@@ -176,26 +178,22 @@ def _check(run: Run, backend: str, case: Case) -> bool:
         print(f"  {case.name:26} stock is wrong: error {stock:.2e}", flush=True)
         return False
     try:
-        errors = _errors(run, case)
+        ours = max(_errors(run, case))
     except Exception as error:
         run.problem(f"{backend}, {case.name}: {_first_line(error)}")
         return False
-    ours, worst = root_mean_square(errors), max(errors)
     print(
-        f"  {case.name:26} error {ours:.2e}, at most {worst:.2e}, stock {stock:.2e}",
+        f"  {case.name:26} error at most {ours:.2e}, stock {stock:.2e}",
         flush=True,
     )
-    if not (ours <= TOLERATED_ERROR * stock and worst <= TOLERATED_WORST * stock):
-        run.problem(
-            f"{backend}, {case.name}: error {ours:.2e}, at most {worst:.2e}, stock's "
-            f"{stock:.2e}"
-        )
+    if not ours < TOLERATED_ERROR:
+        run.problem(f"{backend}, {case.name}: error {ours:.2e}")
         return False
     return True
 
 
 def _errors(run: Run, case: Case) -> list[float]:
-    """Return the relative errors of all ranks.
+    """Return the errors of all ranks; NaN is infinitely far.
 
     One rank also runs each number of tokens that is timed.
     """
@@ -206,15 +204,30 @@ def _errors(run: Run, case: Case) -> list[float]:
         counts = run.tokens if rank == _timed_rank(case) else []
         for tokens in {*CHECKED_TOKENS, *counts}:
             x = _activations(run, case, rank, tokens, layer)
-            errors.append(_error(case, layer, tensors, rank, x))
+            error = _error(case, layer, tensors, rank, x)
+            errors.append(math.inf if math.isnan(error) else error)
+            if rank == _timed_rank(case) and run.device.type == "cuda":
+                _check_replay(run, case, layer, rank, x)
     return errors
+
+
+def _check_replay(run: Run, case: Case, layer, rank: int, x: torch.Tensor) -> None:
+    """Compare a graph's replay on other activations with a call on them."""
+    with rank_of(case.tp_size, rank), torch.inference_mode():
+        replay, out = graph_timing.captured(lambda: layer(x)[0])
+        x.copy_(-x)
+        value = layer(x)[0]
+        out.fill_(float("nan"))
+        replay()
+        if not torch.equal(out, value):
+            run.problem(f"{case.name}, {len(x)} tokens: a replay differs from the call")
 
 
 def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) -> float:
     with rank_of(case.tp_size, rank), torch.inference_mode():
         value = layer(x)[0]
     reference = expected(case, tensors, rank, x, Arithmetic.of(layer))
-    return relative_error(value, reference)
+    return worst_error(value, reference)
 
 
 def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):

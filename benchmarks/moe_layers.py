@@ -50,6 +50,53 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """Where a kernel rounds, besides its FP8 weights.
+
+    Attributes:
+        gate_up: It keeps their products in bfloat16.
+        h: It keeps ``silu(gate) * up`` in bfloat16.
+        powers_of_two: It rounds the scales of activations up to powers of two, as
+            vLLM's Triton experts do where DeepGEMM is on.
+
+    """
+
+    gate_up: bool
+    h: bool
+    powers_of_two: bool
+
+    @classmethod
+    def of(cls, layer: "Layer", device: torch.device) -> "Arithmetic":
+        if not layer.what.is_stock:
+            return cls(gate_up=False, h=True, powers_of_two=False)
+        # vLLM multiplies and quantizes at once only if the scales stay exact.
+        rounds = _rounds_scales(device)
+        return cls(gate_up=True, h=rounds, powers_of_two=rounds)
+
+    def __str__(self) -> str:
+        scales = "powers of two" if self.powers_of_two else "exact"
+        return f"activation scales {scales}"
+
+    def quantized(self, x: torch.Tensor, block: int) -> torch.Tensor:
+        return fake_quantize(x, block, self.powers_of_two)
+
+    def intermediate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.gate_up:
+            gate, up = gate.bfloat16().float(), up.bfloat16().float()
+        h = torch.nn.functional.silu(gate) * up
+        return h.bfloat16().float() if self.h else h
+
+
+def _rounds_scales(device: torch.device) -> bool:
+    """Whether vLLM's quantization, as its Triton experts call it, rounds scales."""
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+    x = torch.randn(64, BLOCK, device=device, dtype=torch.bfloat16)
+    _, scales = fp8_utils.per_token_group_quant_fp8(x, BLOCK)
+    return bool((scales.float().log2() % 1 == 0).all())
+
+
+@dataclass(frozen=True)
 class Weights:
     """A layer's parameters before vLLM prepares them for its kernel.
 
@@ -78,22 +125,26 @@ class Weights:
         scales = self.w13_scale.nbytes + self.w2_scale.nbytes
         return self.w13.nbytes + self.w2.nbytes + scales
 
-    def reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Compute the layer in fp32, activations quantized in the blocks' groups.
+    def reference(
+        self, x: torch.Tensor, routing: Routing, arithmetic: Arithmetic
+    ) -> torch.Tensor:
+        """Compute the layer in fp32, rounded where ``arithmetic`` rounds.
 
         Experts that are not here, as under expert parallelism, add nothing.
         """
-        x = fake_quantize(x.float(), self.block)
+        x = arithmetic.quantized(x.float(), self.block)
         out = torch.zeros_like(x)
         for expert in routing.ids.unique().tolist():
             if expert >= len(self.w13):
                 continue
             token, slot = (routing.ids == expert).nonzero(as_tuple=True)
-            y = self._expert(expert, x[token])
+            y = self._expert(expert, x[token], arithmetic)
             out.index_add_(0, token, y * routing.weights[token, slot, None])
         return out
 
-    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def _expert(
+        self, expert: int, x: torch.Tensor, arithmetic: Arithmetic
+    ) -> torch.Tensor:
         columns = self.w2.shape[-1]
         grid = self.lead, self.w2_scale.shape[-1] * self.block - self.lead - columns
         w13, s13 = self.w13[expert], self.w13_scale[expert]
@@ -101,8 +152,8 @@ class Weights:
             x @ self._dequantized(w, s, self.lead, 0).T
             for w, s in zip(w13.chunk(2), s13.chunk(2), strict=True)
         )
-        h = torch.nn.functional.pad(torch.nn.functional.silu(gate) * up, grid)
-        h = fake_quantize(h, self.block)[:, self.lead : self.lead + columns]
+        h = torch.nn.functional.pad(arithmetic.intermediate(gate, up), grid)
+        h = arithmetic.quantized(h, self.block)[:, self.lead : self.lead + columns]
         w2, s2 = self.w2[expert], self.w2_scale[expert]
         return h @ self._dequantized(w2, s2, 0, self.lead).T
 

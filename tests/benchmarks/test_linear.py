@@ -45,6 +45,7 @@ def test_a_lead_of_zero_does_not_pass(check, monkeypatch, capsys):
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
 def test_compiled_layers_must_compute_the_same(plugin, monkeypatch, case):
     """With what follows: SiLU-and-multiply or the rotary embedding."""
+    linear._backends()  # Imports what of vLLM is compiled when it is imported.
     trace = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **_: trace(f, backend="eager"))
     monkeypatch.setattr(linear, "ROTATED_BYTES", 1)
