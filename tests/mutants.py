@@ -1,0 +1,192 @@
+"""Breaks the package in one place at a time, and says which gates notice.
+
+``python -m tests.mutants NAME=COMMAND...`` copies the repository, applies one mutation
+after the other there, runs each command (which has to fail) and prints a table. The
+commands see the copy as their working directory; all must pass without a mutation.
+
+    python -m tests.mutants \\
+        tests='python -m pytest -qx tests/fp8_tp_padding' \\
+        parity='python -m vllm_patch.cli.main parity --config ... --tp 8'
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = "vllm_patch/fp8_tp_padding"
+LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
+
+
+class Mutant(NamedTuple):
+    """One mistake: ``old`` becomes ``new`` wherever it stands in ``file``."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    Mutant(
+        "experts: a column too few in gate and up",
+        "masked_kernels.py",
+        "(column < SIZE)\n    token",
+        "(column < SIZE - 1)\n    token",
+    ),
+    Mutant(
+        "experts: a tile takes the next block's scale",
+        "masked_kernels.py",
+        "group = tile * BLOCK_N // BLOCK",
+        "group = (tile * BLOCK_N + 64) // BLOCK % NUM_BLOCKS",
+    ),
+    Mutant(
+        "experts: down takes the first block's scale for all",
+        "masked_kernels.py",
+        "tl.load(w_scale_ptr + block)",
+        "tl.load(w_scale_ptr + block * 0)",
+    ),
+    Mutant(
+        "experts: down's second half block starts 64 columns early",
+        "masked_kernels.py",
+        "column = half * HALF - LEAD +",
+        "column = half * HALF - (HALF if half == 1 else 0) - LEAD +",
+    ),
+    Mutant(
+        "experts: up takes the gate's scale",
+        "masked_kernels.py",
+        "gate_scale_ptr + NUM_BLOCKS * K_BLOCKS + block",
+        "gate_scale_ptr + block",
+    ),
+    Mutant(
+        "experts: two rows of the output are swapped",
+        "masked_kernels.py",
+        "K + row, total",
+        "K + (row ^ 1), total",
+    ),
+    Mutant(
+        "experts: two rows of a tile are swapped",
+        "masked_kernels.py",
+        "y_ptrs + row[None, :], y",
+        "y_ptrs + (row ^ 1)[None, :], y",
+    ),
+    Mutant(
+        "experts: gate's and up's rows come from one further on",
+        "masked_kernels.py",
+        "K) + column[:, None] * K",
+        "K) + (column[:, None] + 1) * K",
+    ),
+    Mutant(
+        "experts: one slot of a token is left out",
+        "masked_kernels.py",
+        "slot == one, weight, 0.0",
+        "(slot == one) & (slot > 0), weight, 0.0",
+    ),
+    Mutant(
+        "experts: padded tokens of a sorted block are summed",
+        "masked_kernels.py",
+        "token = (pair // TOP_K)",
+        "token = ((pair + 1) // TOP_K)",
+    ),
+    Mutant(
+        "linear: a column too few is quantized",
+        "input_quant.py",
+        "(column < lead + size)",
+        "(column < lead + size - 1)",
+    ),
+    Mutant(
+        "linear: the input is padded at the tail only",
+        "input_quant.py",
+        "(column - lead)[None, :],\n",
+        "column[None, :],\n",
+    ),
+    Mutant(
+        "linear: columns are taken from one further on",
+        "columns.py",
+        "source = column + SHIFTS[0]",
+        "source = column + SHIFTS[0] + 1",
+    ),
+    Mutant(
+        "loading: lead is 0",
+        "shard.py",
+        "        lead=lead,",
+        "        lead=0,",
+    ),
+    Mutant(
+        "loading: scales start a block late",
+        "window.py",
+        "-(-total // block), shard.first_block, blocks",
+        "-(-total // block), min(shard.first_block + 1, -(-total // block) - blocks), "
+        "blocks",
+    ),
+    Mutant(
+        "loading: an expert's last column is lost",
+        "expert_loader.py",
+        "copy_(self.window.cut(tensor, self.dim))",
+        "copy_(self.window.cut(tensor, self.dim)).narrow(self.dim, -1, 1).zero_()",
+    ),
+    Mutant(
+        "loading: gate and up are swapped",
+        "expert_loader.py",
+        "self.slots[shard_id] * span",
+        "(len(self.slots) - 1 - self.slots[shard_id]) * span",
+    ),
+    Mutant(
+        "loading: a linear layer's first column is lost",
+        "linear_loader.py",
+        "copy_(self.input.cut(output.cut(tensor, 0), 1))",
+        "copy_(self.input.cut(output.cut(tensor, 0), 1))[:, self.input.lead] = 0",
+    ),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the gates on each mutant; return 1 if no gate notices one of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("gates", nargs="+", metavar="NAME=COMMAND")
+    parser.add_argument("--only", default="", help="mutants whose name contains this")
+    args = parser.parse_args(argv)
+    gates = dict(gate.split("=", 1) for gate in args.gates)
+    print("mutant".ljust(62), *(name.ljust(16) for name in gates), flush=True)
+    unnoticed = 0
+    for mutant in (None, *(m for m in MUTANTS if args.only in m.what)):
+        print((mutant.what if mutant else "none").ljust(62), end=" ", flush=True)
+        fails = [_fails(mutant, command) for command in gates.values()]
+        print(flush=True)
+        unnoticed += any(fails) if mutant is None else not any(fails)
+    return 1 if unnoticed else 0
+
+
+def _fails(mutant: Mutant | None, command: str) -> bool:
+    with tempfile.TemporaryDirectory() as work:
+        tree = Path(work) / "tree"
+        shutil.copytree(REPOSITORY, tree, ignore=LEFT_OUT)
+        if mutant:
+            mutate(tree / PACKAGE / mutant.file, mutant)
+        started = time.monotonic()
+        done = subprocess.run(command, shell=True, cwd=tree, capture_output=True)
+    seconds = time.monotonic() - started
+    word = "notices" if done.returncode else "passes"
+    print(f"{word}, {seconds:.0f} s".ljust(16), end=" ", flush=True)
+    return done.returncode != 0
+
+
+def mutate(file: Path, mutant: Mutant) -> None:
+    """Apply a mutation; raise ValueError where there is nothing to change."""
+    text = file.read_text()
+    if mutant.old not in text:
+        raise ValueError(f"{mutant.what}: {file} does not hold {mutant.old!r}")
+    file.write_text(text.replace(mutant.old, mutant.new))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
