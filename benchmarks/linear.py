@@ -34,7 +34,7 @@ from benchmarks import graph_timing, linear_in_model
 from benchmarks.linear_cases import BLOCK, CASES, Case, Quantized, round_up
 from benchmarks.linear_reference import Arithmetic, expected, of_fp8_values
 from benchmarks.one_rank import rank_of
-from benchmarks.quantized import relative_error, worst_error
+from benchmarks.quantized import relative_error, worst_columns, worst_token
 from benchmarks.record import Rows, environment
 from vllm_patch import plugin
 
@@ -193,7 +193,7 @@ def _check(run: Run, backend: str, case: Case) -> bool:
 
 
 def _errors(run: Run, case: Case) -> list[float]:
-    """Return the errors of all ranks; NaN is infinitely far.
+    """Return the errors of all ranks.
 
     One rank also runs each number of tokens that is timed.
     """
@@ -204,8 +204,7 @@ def _errors(run: Run, case: Case) -> list[float]:
         counts = run.tokens if rank == _timed_rank(case) else []
         for tokens in {*CHECKED_TOKENS, *counts}:
             x = _activations(run, case, rank, tokens, layer)
-            error = _error(case, layer, tensors, rank, x)
-            errors.append(math.inf if math.isnan(error) else error)
+            errors.append(_error(case, layer, tensors, rank, x))
             if rank == _timed_rank(case) and run.device.type == "cuda":
                 _check_replay(run, case, layer, rank, x)
     return errors
@@ -227,7 +226,8 @@ def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) ->
     with rank_of(case.tp_size, rank), torch.inference_mode():
         value = layer(x)[0]
     reference = expected(case, tensors, rank, x, Arithmetic.of(layer))
-    return worst_error(value, reference)
+    errors = worst_token(value, reference), worst_columns(value, reference)
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
 def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):

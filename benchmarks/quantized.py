@@ -35,27 +35,26 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return ((value.float() - expected).norm() / expected.norm()).item()
 
 
-def worst_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest relative error of a token, and of 128 columns of all tokens.
+def worst_token(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative error of a row of ``[tokens, columns]``."""
+    return _worst([(value.float() - expected, expected)], dim=-1)
 
-    One wrong block, row or column shows, however much is right beside it.
 
-    Args:
-        value: ``[tokens, columns]``.
-        expected: The same in float32.
+def worst_columns(value: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest relative error of 128 columns of all tokens.
 
+    One wrong block, row or column of a weight shows, however much is right beside it.
     """
-    error = value.float() - expected
-    columns = -(-expected.shape[-1] // BLOCK)
+    blocks = -(-expected.shape[-1] // BLOCK)
+    parts = (t.tensor_split(blocks, -1) for t in (value.float() - expected, expected))
+    return _worst(list(zip(*parts, strict=True)), dim=None)
+
+
+def _worst(parts: list[tuple[torch.Tensor, torch.Tensor]], dim: int | None) -> float:
     # A token without experts here is all zeros.
     tiny = torch.finfo(torch.float32).tiny
-    tokens = error.norm(dim=-1) / expected.norm(dim=-1).clamp_min(tiny)
-    blocks = [
-        wrong.norm() / right.norm().clamp_min(tiny)
-        for wrong, right in zip(
-            error.tensor_split(columns, -1),
-            expected.tensor_split(columns, -1),
-            strict=True,
-        )
+    errors = [
+        (error.norm(dim=dim) / expected.norm(dim=dim).clamp_min(tiny)).flatten()
+        for error, expected in parts
     ]
-    return torch.stack([tokens.max(), *blocks]).max().item()
+    return torch.cat(errors).max().item()
