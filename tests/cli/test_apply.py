@@ -1,5 +1,6 @@
 """``vllm-patch apply`` on the files of a real release: all of the series or nothing."""
 
+import errno
 import os
 import shutil
 import signal
@@ -421,6 +422,20 @@ sys.exit(main.main(["apply", {str(tree)!r}, *{first}]))
     assert snapshot(tree) == before
     # The lock went with the process.
     assert main(["apply", str(tree)]) == 0
+
+
+@pytest.mark.parametrize("option", [[], ["--check"]])
+def test_a_file_system_without_locks(tree, capsys, monkeypatch, option):
+    before = snapshot(tree)
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    message = refused(capsys, tree, *option)
+    assert f"{tree} cannot be locked: [Errno {errno.ENOSYS}] Function not" in message
+    assert "Apply the patches to a copy of the tree, on another file system." in message
+    assert snapshot(tree) == before
 
 
 def test_no_room_for_the_copy(tree, capsys, monkeypatch):

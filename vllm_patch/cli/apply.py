@@ -5,7 +5,7 @@ import argparse
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from packaging.version import Version
@@ -103,21 +103,24 @@ def _locked(root: Path, to_write: bool) -> Iterator[None]:
 
     The lock is on the folder, leaves nothing there, and goes with the process.
     """
-    folder = os.open(root / "vllm", os.O_RDONLY)
-    try:
-        _lock(folder, root, fcntl.LOCK_EX if to_write else fcntl.LOCK_SH)
+    kind = fcntl.LOCK_EX if to_write else fcntl.LOCK_SH
+    with ExitStack() as opened:
+        try:
+            folder = os.open(root / "vllm", os.O_RDONLY)
+            opened.callback(os.close, folder)
+            fcntl.flock(folder, kind | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{root} is in use by another vllm-patch apply. Wait until it has "
+                "ended."
+            ) from error
+        except OSError as error:
+            # Some network file systems have no locks.
+            raise UsageError(
+                f"{root} cannot be locked: {error}. Apply the patches to a copy of the "
+                "tree, on another file system."
+            ) from error
         yield
-    finally:
-        os.close(folder)
-
-
-def _lock(folder: int, root: Path, kind: int) -> None:
-    try:
-        fcntl.flock(folder, kind | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UsageError(
-            f"{root} is in use by another vllm-patch apply. Wait until it has ended."
-        ) from error
 
 
 @contextmanager
