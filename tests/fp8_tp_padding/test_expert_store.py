@@ -88,16 +88,36 @@ def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
     assert layer.quant_method.padded_because == reason
 
 
-def test_the_log_line_says_what_is_stored_and_why(monkeypatch, padding_log):
+AS_THEY_ARE = (
+    "1 MoE layers, 384 / TP 2 = 192 stored as they are, for masked Triton kernels"
+)
+PADDED = "1 MoE layers, 384 / TP 2 = 192 padded to 256 (VLLM_FP8_TP_PADDING=padded)"
+ADDED = "0.1 MiB of padding on the largest rank"
+
+
+@pytest.mark.parametrize(
+    ("modes", "parts"),
+    [
+        (["auto"], [AS_THEY_ARE]),
+        (["padded"], [PADDED, ADDED]),
+        (["auto", "padded"], [AS_THEY_ARE, PADDED, ADDED]),
+    ],
+    ids=["as they are", "padded", "some of both"],
+)
+def test_the_log_line_says_what_is_stored_and_why(
+    monkeypatch, padding_log, modes, parts
+):
+    """It speaks of padding only where there is some."""
     checkpoint = Checkpoint.random(384)
-    for mode in ("auto", "padded"):
+    layers = []
+    for mode in modes:
         monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
-        layer = build(384, 2, 0)
-        load(layer, checkpoint)
+        layers.append(build(384, 2, 0))
+        load(layers[-1], checkpoint)
+    for layer in layers:
         experts.process(layer, 2, 0)
-    first, second = (record.getMessage() for record in padding_log())
-    assert (
-        "1 MoE layers, 384 / TP 2 = 192 stored as they are, for masked Triton kernels. "
-        "VLLM_FP8_TP_PADDING=off"
-    ) in first
-    assert "192 padded to 256 (VLLM_FP8_TP_PADDING=padded); 0.1 MiB" in second
+    (line,) = padding_log()
+    assert line.getMessage() == (
+        f"FP8 layers cut inside quant blocks: {'; '.join(parts)}. "
+        "VLLM_FP8_TP_PADDING=off goes back to stock vLLM."
+    )
