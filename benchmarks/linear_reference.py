@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.linear_cases import BLOCK, FP8, Case, Quantized, round_up
-
-FP8_MAX = 448
+from benchmarks.quantized import FP8_MAX, quantization_scale
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class Arithmetic:
             powers_of_two=quantizes and made_for.quant_fp8.use_ue8m0,
             bfloat16_scales=not quantizes,
         )
+
+    def __str__(self) -> str:
+        if not self.quantizes:
+            return "not quantized"
+        return "powers of two" if self.powers_of_two else "exact"
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:
         """Return what is left of ``[tokens, whole groups]``."""
@@ -83,11 +87,7 @@ def of_fp8_values(x: torch.Tensor, lead: int) -> torch.Tensor:
 
 
 def _requantized(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
-    largest = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
-    # By a tensor: on a GPU, torch multiplies by the reciprocal of a number.
-    scale = largest / torch.full_like(largest, FP8_MAX)
-    if powers_of_two:
-        scale = scale.log2().ceil().exp2()
+    scale = quantization_scale(groups, dims, powers_of_two)
     # A product, as in vLLM's kernels: a quotient rounds some ties otherwise.
     return (groups * scale.reciprocal()).to(FP8).float() * scale
 

@@ -55,27 +55,31 @@ class Arithmetic:
 
     Attributes:
         gate_up: It keeps their products in bfloat16.
-        h: It keeps ``silu(gate) * up`` in bfloat16.
+        silu: It rounds ``silu(gate)`` to bfloat16 before it multiplies by up.
+        h: It keeps the product in bfloat16.
         powers_of_two: It rounds the scales of activations up to powers of two, as
             vLLM's Triton experts do where DeepGEMM is on.
 
     """
 
     gate_up: bool
+    silu: bool
     h: bool
     powers_of_two: bool
 
     @classmethod
-    def of(cls, layer: "Layer", device: torch.device) -> "Arithmetic":
-        if not layer.what.is_stock:
-            return cls(gate_up=False, h=True, powers_of_two=False)
-        # vLLM multiplies and quantizes at once only if the scales stay exact.
+    def ours(cls) -> "Arithmetic":
+        return cls(gate_up=False, silu=False, h=True, powers_of_two=False)
+
+    @classmethod
+    def stock(cls, block: int, device: torch.device) -> "Arithmetic":
         rounds = _rounds_scales(device)
-        return cls(gate_up=True, h=rounds, powers_of_two=rounds)
+        # Else vLLM multiplies and quantizes in one kernel, in float32.
+        apart = rounds or block != BLOCK
+        return cls(gate_up=True, silu=apart, h=apart, powers_of_two=rounds)
 
     def __str__(self) -> str:
-        scales = "powers of two" if self.powers_of_two else "exact"
-        return f"activation scales {scales}"
+        return "powers of two" if self.powers_of_two else "exact"
 
     def quantized(self, x: torch.Tensor, block: int) -> torch.Tensor:
         return fake_quantize(x, block, self.powers_of_two)
@@ -83,7 +87,8 @@ class Arithmetic:
     def intermediate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.gate_up:
             gate, up = gate.bfloat16().float(), up.bfloat16().float()
-        h = torch.nn.functional.silu(gate) * up
+        silu = torch.nn.functional.silu(gate)
+        h = (silu.bfloat16().float() if self.silu else silu) * up
         return h.bfloat16().float() if self.h else h
 
 
@@ -237,6 +242,9 @@ class Layer:
                 method.process_weights_after_loading(self.experts)
         stock = type(method).__name__ == "Fp8MoEMethod"
         assert stock == what.is_stock, f"{what} got {type(method).__name__}"
+        self.arithmetic = (
+            Arithmetic.stock(self.weights.block, device) if stock else Arithmetic.ours()
+        )
 
     def rank(self):
         what = self.what
@@ -246,6 +254,9 @@ class Layer:
     def kernel(self) -> str:
         """Name of vLLM's class that runs the experts."""
         return self.experts.quant_method.experts_cls.__name__
+
+    def reference(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return self.weights.reference(x, routing, self.arithmetic)
 
     def __call__(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Return the rank's output, in memory that the next call overwrites."""

@@ -4,6 +4,7 @@ import torch
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
+FP8_MAX = 448
 
 
 def random_scales(*blocks: int, generator: torch.Generator) -> torch.Tensor:
@@ -24,10 +25,16 @@ def fake_quantize(
 ) -> torch.Tensor:
     """Round groups of the last dimension to FP8 and back, as vLLM's kernels do."""
     groups = x.unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-    if powers_of_two:
-        scale = scale.log2().ceil().exp2()
+    scale = quantization_scale(groups, -1, powers_of_two)
     return ((groups / scale).to(FP8).float() * scale).flatten(-2)
+
+
+def quantization_scale(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
+    """Return what the largest value along ``dims`` is divided by to become 448."""
+    largest = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
+    # By a tensor: on a GPU, torch multiplies by the reciprocal of a number.
+    scale = largest / torch.full_like(largest, FP8_MAX)
+    return scale.log2().ceil().exp2() if powers_of_two else scale
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,8 +7,9 @@ import torch
 
 from benchmarks import moe, moe_bars, moe_layers
 from benchmarks.moe_cases import Case
-from benchmarks.moe_layers import Arithmetic, Routing, Weights
+from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
 from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
+from benchmarks.record import Rows
 
 # 192 columns per rank: the second one straddles two blocks.
 CASE = Case("tiny", 4, 2, 128, 384, 2, why="small")
@@ -106,7 +107,7 @@ def test_the_reference_counts_columns_from_the_lead():
     routing = Routing(
         torch.rand(3, 1, generator=generator), torch.tensor([[0], [1]] + [[1]])
     )
-    rounding = Arithmetic(gate_up=False, h=True, powers_of_two=False)
+    rounding = Arithmetic.ours()
     expected = whole.reference(x, routing, rounding)
     # The same numbers and zeros, summed in another order: a code may flip.
     error = worst_token(compact.reference(x, routing, rounding), expected)
@@ -136,6 +137,23 @@ def test_bars_say_what_was_worst_and_where():
 
 def test_bars_leave_out_what_was_not_measured():
     assert moe_bars.main_case({1: {"floor": 1.0, "padded": 2.0}}) == []
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_replay_must_read_its_inputs_anew(monkeypatch, plugin, right):
+    """And write all of its output; without a GPU, a function stands for the graph."""
+
+    def captured(call):
+        out, baked = call().clone(), call().clone()
+        return lambda: out.copy_(call() if right else baked), out
+
+    monkeypatch.setattr(moe.graph_timing, "captured", captured)
+    cpu = torch.device("cpu")
+    moe._start_workspace(cpu)
+    run = moe.Run(cpu, [3], ["ours"], Rows(None, {}), math.inf)
+    layer = Layer(CASE, moe_layers.implementations(CASE)["ours"], 0, cpu)
+    moe._check_replay(run, CASE, layer, 3, Routing.random, "3 tokens")
+    assert len(run.problems) == (0 if right else 1)
 
 
 @pytest.mark.parametrize("size", [(1, 128), (3, 320)])

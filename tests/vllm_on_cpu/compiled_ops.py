@@ -80,8 +80,9 @@ def _quantize_groups(x, out, scales, group_size, eps, low, high, ue8m0=False, *_
 
 
 def _silu_and_mul(out, x):
-    gate, up = x.float().chunk(2, -1)
-    out.copy_((torch.nn.functional.silu(gate) * up).to(out.dtype))
+    gate, up = x.chunk(2, -1)
+    # As in vLLM's CUDA kernel, the SiLU is rounded before it is multiplied.
+    out.copy_(torch.nn.functional.silu(gate.float()).to(x.dtype) * up)
 
 
 def _silu_and_mul_quantize(out, x, scales, group_size, scale_ub=None, transposed=False):
