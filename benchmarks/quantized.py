@@ -23,18 +23,27 @@ def random_scales(*blocks: int, generator: torch.Generator) -> torch.Tensor:
 def fake_quantize(
     x: torch.Tensor, group: int = BLOCK, powers_of_two: bool = False
 ) -> torch.Tensor:
-    """Round groups of the last dimension to FP8 and back, as vLLM's kernels do."""
+    """Round groups of the last dimension to FP8 and back, as kernels of experts do."""
     groups = x.unflatten(-1, (-1, group))
-    scale = quantization_scale(groups, -1, powers_of_two)
+    if powers_of_two:
+        scale = quantization_scale(groups, -1, powers_of_two)
+    else:
+        # By a number: on a GPU, torch multiplies by its reciprocal, as Triton does.
+        # bfloat16 has many ties, and they go another way by the last bit of a scale.
+        scale = _largest(groups, -1) / FP8_MAX
     return ((groups / scale).to(FP8).float() * scale).flatten(-2)
 
 
 def quantization_scale(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
     """Return what the largest value along ``dims`` is divided by to become 448."""
-    largest = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
-    # By a tensor: on a GPU, torch multiplies by the reciprocal of a number.
+    largest = _largest(groups, dims)
+    # By a tensor, so that a GPU divides as well.
     scale = largest / torch.full_like(largest, FP8_MAX)
     return scale.log2().ceil().exp2() if powers_of_two else scale
+
+
+def _largest(groups: torch.Tensor, dims) -> torch.Tensor:
+    return groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

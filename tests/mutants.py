@@ -6,10 +6,11 @@ commands see the copy as their working directory; all must pass without a mutati
 
     python -m tests.mutants \\
         tests='python -m pytest -qx tests/fp8_tp_padding' \\
-        parity='python -m vllm_patch.cli.main parity --config ... --tp 8'
+        parity='python -m vllm_patch parity --config ... --tp 8'
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -173,7 +174,12 @@ def _fails(mutant: Mutant | None, command: str) -> bool:
         if mutant:
             mutate(tree / PACKAGE / mutant.file, mutant)
         started = time.monotonic()
-        done = subprocess.run(command, shell=True, cwd=tree, capture_output=True)
+        paths = [str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Ahead of an installed vllm_patch, in the command's own processes too.
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(
+            command, shell=True, cwd=tree, env=env, capture_output=True
+        )
     seconds = time.monotonic() - started
     word = "notices" if done.returncode else "passes"
     print(f"{word}, {seconds:.0f} s".ljust(16), end=" ", flush=True)
