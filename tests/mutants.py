@@ -25,7 +25,7 @@ LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")
 
 
 class Mutant(NamedTuple):
-    """One mistake: ``old`` becomes ``new`` wherever it stands in ``file``."""
+    """One mistake: ``old``, which ``file`` has once, becomes ``new``."""
 
     what: str
     file: str
@@ -45,6 +45,12 @@ MUTANTS = (
         "masked_kernels.py",
         "group = tile * BLOCK_N // BLOCK",
         "group = (tile * BLOCK_N + 64) // BLOCK % NUM_BLOCKS",
+    ),
+    Mutant(
+        "experts: gate and up take the first token's scales",
+        "masked_kernels.py",
+        "x_scale_ptr + token * K_BLOCKS",
+        "x_scale_ptr + token * 0",
     ),
     Mutant(
         "experts: down takes the first block's scale for all",
@@ -99,6 +105,18 @@ MUTANTS = (
         "input_quant.py",
         "(column < lead + size)",
         "(column < lead + size - 1)",
+    ),
+    Mutant(
+        "linear: a token has the scale of the one before",
+        "input_quant.py",
+        "scales_ptr + token * scales_token_stride",
+        "scales_ptr + (token ^ 1) * scales_token_stride",
+    ),
+    Mutant(
+        "linear: the masked product takes the first token's scales",
+        "masked_linear.py",
+        "x_scale_ptr + token * x_scale_token_stride",
+        "x_scale_ptr + token * 0",
     ),
     Mutant(
         "linear: the input is padded at the tail only",
@@ -189,8 +207,8 @@ def _fails(mutant: Mutant | None, command: str) -> bool:
 def mutate(file: Path, mutant: Mutant) -> None:
     """Apply a mutation; raise ValueError where there is nothing to change."""
     text = file.read_text()
-    if mutant.old not in text:
-        raise ValueError(f"{mutant.what}: {file} does not hold {mutant.old!r}")
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.what}: {file} has not one {mutant.old!r}")
     file.write_text(text.replace(mutant.old, mutant.new))
 
 

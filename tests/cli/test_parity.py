@@ -147,6 +147,26 @@ def test_what_cannot_be_judged_is_no_verdict(
     assert json.loads(out.read_text())["parity"] is None
 
 
+@pytest.mark.parametrize(
+    ("by", "code", "last"),
+    [
+        # Measured: the control, and an engine as good as stock at another TP.
+        (0.0064, 2, "CANNOT BE JUDGED: patched is farther from the baseline than the"),
+        (0.004, 0, "PARITY HOLDS"),
+        (0.2, 1, "NO PARITY: patched is farther from the baseline than noise"),
+    ],
+)
+def test_a_control_at_the_same_tp_misses_some_noise(
+    engine, model, monkeypatch, capsys, by, code, last
+):
+    engine.results |= {
+        "stock TP 1, prompt by prompt (control)": (shifted(0.0001), None, None),
+        "patched TP 8": (shifted(by), None, PADDING),
+    }
+    assert run(model, "--control-tp", "1") == code
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last)
+
+
 def test_stock_may_serve_too(engine, model):
     """From 0.29 on stock has a slower way on some GPUs."""
     engine.results["stock TP 8"] = (SCORES, None, None)
@@ -175,7 +195,7 @@ def test_what_the_engine_is_asked_for(engine, model):
 
 def test_on_a_cpu_all_runs_get_the_same_operators(engine, model, monkeypatch, capsys):
     monkeypatch.setattr(parity, "_on_cpu", lambda: True)
-    monkeypatch.setattr(cpu_fp8, "checked", lambda: "abacus")
+    monkeypatch.setattr(cpu_fp8, "checked", lambda timeout: "abacus")
     assert run(model) == 0
     assert engine.env == cpu_fp8.environment()
     assert "FP8 operators on this CPU: abacus" in capsys.readouterr().out
@@ -189,7 +209,7 @@ def test_a_gpu_keeps_its_own(engine, model):
 def test_wrong_operators_stop_it(engine, model, monkeypatch, capsys, tmp_path):
     found = {"operators": "abacus", "limit": 0.01, "errors": {"mm": 0.3}}
     child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\necho '{json.dumps(found)}'\n")
+    child.write_text(f"#!/bin/sh\necho hello; echo '{json.dumps(found)}' > $3\n")
     child.chmod(0o755)
     monkeypatch.setattr(parity, "_on_cpu", lambda: True)
     monkeypatch.setattr(cpu_fp8.sys, "executable", str(child))
@@ -197,6 +217,30 @@ def test_wrong_operators_stop_it(engine, model, monkeypatch, capsys, tmp_path):
     assert "mm is wrong on this CPU (abacus): a row is 3.0e-01" in (
         capsys.readouterr().err
     )
+    assert not engine.asked
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (
+            "echo 'ImportError: no mm' >&2; echo 'leaked a semaphore' >&2; exit 1",
+            "do not run on this CPU: ImportError: no mm. Run",
+        ),
+        ("exit 3", "do not run on this CPU: exit code 3. Run"),
+        ("exec sleep 60", "timed out after 1.0 seconds. Give a larger --timeout."),
+    ],
+)
+def test_operators_that_do_not_run_stop_it(
+    engine, model, monkeypatch, capsys, tmp_path, script, message
+):
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\n{script}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(parity, "_on_cpu", lambda: True)
+    monkeypatch.setattr(cpu_fp8.sys, "executable", str(child))
+    assert run(model, "--timeout", "1") == 2
+    assert message in capsys.readouterr().err
     assert not engine.asked
 
 
@@ -369,6 +413,20 @@ def test_the_engines_own_error_is_found(tmp_path, monkeypatch, log, error):
     result = engine_process.run(process, [], tmp_path, timeout=30, env={})
     assert result.error == (error or log.strip())
     assert result.log.read_text() == log
+
+
+def test_an_earlier_runs_result_is_not_this_ones(tmp_path, monkeypatch):
+    """With the same --logs."""
+    child = tmp_path / "python"
+    child.write_text('#!/bin/sh\necho "[1]" > "$4"\n')
+    child.chmod(0o755)
+    monkeypatch.setattr(engine_process.sys, "executable", str(child))
+    process = engine_process.EngineProcess("stock TP 8", {})
+    result = engine_process.run(process, [], tmp_path, timeout=30, env={})
+    assert result.scores == [1] and result.error is None
+    child.write_text("#!/bin/sh\nexit 3\n")
+    result = engine_process.run(process, [], tmp_path, timeout=30, env={})
+    assert result.scores is None and result.error == "exit code 3 without an error"
 
 
 def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
@@ -146,8 +147,16 @@ def test_the_baselines_size_as_control_batches_otherwise(labels):
     ("arguments", "message"),
     [
         # One KV head of 64: no stock run has whole blocks, at TP 1 neither.
-        ({"num_key_value_heads": 1}, "--baseline-tp 1 cuts quant blocks of"),
-        ({"control": 8}, "--control-tp 8 cuts quant blocks of"),
+        (
+            {"num_key_value_heads": 1},
+            "--baseline-tp 1 cuts quant .* nor at any up to 8: there is nothing",
+        ),
+        ({"control": 8}, "--control-tp 8 cuts quant blocks of .* it is at 1, 2, 4."),
+        # 2440 columns end inside a block at any size.
+        (
+            {"intermediate_size": 2440, "model": Path("here")},
+            "--baseline-tp 1 cuts quant .* up to 8. With --config in place of --model",
+        ),
         ({"control": 3}, "--control-tp 3 does not divide num_attention_heads = 8"),
         ({"tp": 1}, "--tp 1 keeps the quant blocks of"),
     ],

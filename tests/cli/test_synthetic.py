@@ -9,7 +9,7 @@ from safetensors import safe_open
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
 from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
-from vllm_patch.cli.synthetic import _widen, write_checkpoint
+from vllm_patch.cli.synthetic import _widen, _widen_scale, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_widened_model_holds_the_same_numbers_and_zeros(
         larger = larger.float().reshape(larger.shape[0], -1)
         tensor = tensor.float().reshape(tensor.shape[0], -1)
         assert torch.equal(larger[:rows, :columns], tensor), name
-        # Not 1: see _widen about the CPU kernel.
+        # Not 1: see _widen_scale about the CPU kernel.
         value = tensor.min() if name.endswith("_scale_inv") else 0.0
         assert (larger[rows:] == value).all() and (larger[:, columns:] == value).all()
     assert not tensors
@@ -113,7 +113,9 @@ def test_a_widened_model_holds_the_same_numbers_and_zeros(
 def test_gate_and_up_in_one_tensor_are_widened_each():
     weight = torch.arange(1, 513).float()[:, None].expand(512, 128)
     scale = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    wide, wide_scale = _widen("mlp.gate_up_proj.weight", weight, scale, (768, 128), 128)
+    name, shape = "mlp.gate_up_proj.weight", (768, 128)
+    wide = _widen(name, weight, shape)
+    wide_scale = _widen_scale(name, weight, scale, shape, 128)
     assert wide[[0, 255, 256, 384, 639, 640]][:, 0].tolist() == [1, 256, 0, 257, 512, 0]
     assert wide_scale.flatten().tolist() == [1, 2, 1, 3, 4, 1]
 
@@ -121,4 +123,29 @@ def test_gate_and_up_in_one_tensor_are_widened_each():
 def test_gate_and_up_in_one_quant_block_cannot_be_widened():
     weight, scale = torch.zeros(64, 128), torch.zeros(1, 1)
     with pytest.raises(UsageError, match="64 / 2 rows each, and cannot be widened"):
-        _widen("mlp.gate_up_proj.weight", weight, scale, (512, 128), 128)
+        _widen_scale("mlp.gate_up_proj.weight", weight, scale, (512, 128), 128)
+
+
+def test_fused_experts_are_widened_each():
+    weight = torch.arange(1, 5).float()[:, None].expand(2, 4, 1)
+    wide = _widen("experts.gate_up_proj", weight, (2, 6, 1))
+    assert wide[..., 0].tolist() == [[1, 2, 0, 3, 4, 0]] * 2
+
+
+def test_what_stays_in_bfloat16_is_widened_too(tmp_path):
+    config = ModelConfig.read(MODELS / "qwen3_2432.json").with_layers(1)
+    quantization = config.fields["quantization_config"]
+    quantization = {
+        **quantization,
+        "modules_to_not_convert": ["model.layers.0.mlp"],
+    }
+    config = ModelConfig(
+        config.path, {**config.fields, "quantization_config": quantization}
+    )
+    write_checkpoint(config, tmp_path, config.widened(8))
+    tensors = read(tmp_path)
+    up = tensors["model.layers.0.mlp.up_proj.weight"]
+    assert up.dtype == torch.bfloat16 and up.shape[0] == 3072
+    assert up[:2432].any() and not up[2432:].any()
+    assert tensors["model.layers.0.mlp.down_proj.weight"].shape[1] == 3072
+    assert "model.layers.0.mlp.up_proj.weight_scale_inv" not in tensors

@@ -47,13 +47,13 @@ def test_a_process_that_parity_starts_has_operators():
 
 
 def test_this_cpus_operators_are_right():
-    assert cpu_fp8.checked() in {each.value for each in Operators}
+    assert cpu_fp8.checked(timeout=300) in {each.value for each in Operators}
 
 
 def test_a_cpu_without_operators_gets_plain_torch(monkeypatch):
     """Also shows that a sitecustomize which ours hides still runs."""
-    monkeypatch.setenv("PYTHONPATH", str(AVX2_ONLY))
-    assert cpu_fp8.checked() == Operators.PLAIN_TORCH.value
+    monkeypatch.setenv("PYTHONPATH", str(AVX2_ONLY), prepend=os.pathsep)
+    assert cpu_fp8.checked(timeout=300) == Operators.PLAIN_TORCH.value
 
 
 @pytest.mark.parametrize("wrong", ["scaled_mm", "_fused_experts"])
@@ -74,6 +74,6 @@ def _spoil(module):
 wrapt.register_post_import_hook(_spoil, "vllm_patch.cli.cpu_fp8.plain_torch")
 """
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(cpu_fp8.UsageError, match="is wrong on this CPU"):
-        cpu_fp8.checked()
+        cpu_fp8.checked(timeout=300)

@@ -91,7 +91,7 @@ def complete(address: str, model: str) -> dict:
 def test_installed_package_serves_a_cut_size(
     checkpoint, tmp_path, monkeypatch, path, arguments
 ):
-    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYTHONPATH", path, prepend=os.pathsep)
     log, env = tmp_path / "log", cpu_fp8.environment()
     with serve(checkpoint, log, *arguments, **env) as (server, address):
         assert wait_until_up(server, address), log.read_text()[-3000:]

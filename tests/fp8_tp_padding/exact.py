@@ -3,8 +3,8 @@
 """Random numbers whose sums float32 holds exactly, in any order, on any CPU.
 
 Weights are integers, their scales powers of two, and activations integers of which
-each group has one that makes its scale a power of two as well. A sum of 4096 such
-products stays below 2**24 units, so that nothing is rounded and results can be
+each group has one that makes its scale a power of two as well. A sum of MAX_COLUMNS
+such products stays below 2**24 units, so that nothing is rounded and results can be
 compared bit for bit. The numbers come from ``torch.randint``, whose values, unlike
 those of ``torch.randn``, do not depend on the instructions that a CPU has.
 """
@@ -14,10 +14,13 @@ import torch
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448
-# Any eight neighbours have one activation of 448: groups of eight columns and more
-# have the scale UNIT.
+# Any eight neighbours have one activation of 448, or 896: groups of eight columns and
+# more have the scale UNIT, or twice that.
 PERIOD = 8
 UNIT = 2.0**-6
+# Of a block's activations, 16 are 448 and 112 at most 4; times 3, and 66 for the scales
+# of an odd block and an even one: 0.9 * 2**24 units in this many columns.
+MAX_COLUMNS = 2560
 
 
 def weights(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -45,9 +48,15 @@ def matrix(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def activations(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Return float32 ``[tokens, columns]``; bfloat16 holds the values, too."""
+    """Return float32 ``[tokens, columns]``; bfloat16 holds the values, too.
+
+    The scales of neighbouring tokens, and of neighbouring groups, differ twofold.
+    """
+    assert columns <= MAX_COLUMNS, f"{columns} columns: sums would be rounded"
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(-4, 5, (tokens, columns), generator=generator).float()
     signs = torch.randint(0, 2, x[:, ::PERIOD].shape, generator=generator) * 2 - 1
     x[:, ::PERIOD] = FP8_MAX * signs.float()
-    return x * UNIT
+    group = torch.arange(columns) // BLOCK
+    odd = (torch.arange(tokens)[:, None] + group) % 2
+    return x * UNIT * (1 + odd)

@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace, tree: VllmTree) -> int:
 
 @contextmanager
 def _locked(root: Path, to_write: bool) -> Iterator[None]:
-    """Keep other processes of this command from a tree, or from writing to it.
+    """Keep this machine's other `vllm-patch apply` from a tree, or from writing to it.
 
     The lock is on the folder, leaves nothing there, and goes with the process.
     """
@@ -114,6 +114,8 @@ def _locked(root: Path, to_write: bool) -> Iterator[None]:
                 f"{root} is in use by another vllm-patch apply. Wait until it has "
                 "ended."
             ) from error
+        except PermissionError as error:
+            raise UsageError(f"{error}. Make the folder readable for you.") from error
         except OSError as error:
             # Some network file systems have no locks.
             raise UsageError(

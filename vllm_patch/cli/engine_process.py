@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from vllm_patch import plugin
 
 # What a run needs here and its user may have set otherwise. The CPU ones make
@@ -97,6 +95,7 @@ def run(
     stem = re.sub(r"\W+", "-", process.label)
     spec, out, log = (directory / f"{stem}.{end}" for end in ("spec", "out", "log"))
     spec.write_text(json.dumps({"engine": process.engine, "prompts": prompts}))
+    out.unlink(missing_ok=True)  # Of an earlier run with the same --logs.
     command = [sys.executable, "-m", "vllm_patch.cli.engine_run", str(spec), str(out)]
     started = time.monotonic()
     with log.open("w") as sink, _noted_signals() as signals:
@@ -187,10 +186,10 @@ def _wait(
                 child.wait(POLL_SECONDS)
                 return True, peak_bytes
             peak_bytes = max(peak_bytes, _memory(child.pid))
-            if time.monotonic() > heartbeat:
-                heartbeat += HEARTBEAT_SECONDS
-                seconds = time.monotonic() - started
-                print(f"      ... {seconds:.0f} s", file=sys.stderr, flush=True)
+            now = time.monotonic()
+            if now > heartbeat:
+                heartbeat = now + HEARTBEAT_SECONDS
+                print(f"      ... {now - started:.0f} s", file=sys.stderr, flush=True)
         return False, peak_bytes
     finally:
         # A failed engine can leave workers behind, which hold memory.
@@ -199,6 +198,8 @@ def _wait(
 
 def _memory(pid: int) -> int:
     """Return bytes of a process and all below it, shared pages counted once."""
+    import psutil  # vLLM brings it; the other commands work without.
+
     total = 0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         config = config.with_layers(args.layers)
     is_on_cpu = _on_cpu()
     runs = Runs(args, config, is_on_cpu)
-    operators = cpu_fp8.checked() if is_on_cpu else None
+    operators = cpu_fp8.checked(args.timeout) if is_on_cpu else None
     if operators:
         _say(f"FP8 operators on this CPU: {operators}")
     env = cpu_fp8.environment() if is_on_cpu else {}

@@ -125,6 +125,8 @@ class Runs:
     def _serves_stock(self, tp: int) -> bool:
         """Whether stock serves the model at ``tp``, in whichever form."""
         config = self.config
+        if config.widened(tp).undivided(tp):
+            return False
         if not config.cuts(tp):
             return True
         if self.args.model is None:
@@ -141,9 +143,7 @@ class Runs:
         sizes = [
             size
             for size in range(2, self.args.tp + 1)
-            if size != self.args.baseline_tp
-            and not self.config.widened(size).undivided(size)
-            and self._serves_stock(size)
+            if size != self.args.baseline_tp and self._serves_stock(size)
         ]
         as_it_is = [size for size in sizes if not self.config.cuts(size)]
         return max(as_it_is or sizes, default=self.args.baseline_tp)
@@ -168,8 +168,19 @@ class Runs:
             if not self._serves_stock(size):
                 raise UsageError(
                     f"{option} {size} cuts quant blocks of {self.config.path}, so "
-                    "stock vLLM is no measure there; give a size that keeps them whole."
+                    f"stock vLLM is no measure there; {self._advice()}"
                 )
+
+    def _advice(self) -> str:
+        sizes = range(1, self.args.tp + 1)
+        if able := [str(size) for size in sizes if self._serves_stock(size)]:
+            return f"it is at {', '.join(able)}."
+        if self.args.model:
+            return (
+                f"nor at any up to {self.args.tp}. With --config in place of --model, "
+                "there may be one: it can widen a model by zeros."
+            )
+        return f"nor at any up to {self.args.tp}: there is nothing to judge by."
 
 
 def prompts(vocab_size: int) -> list[list[int]]:

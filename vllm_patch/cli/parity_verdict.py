@@ -43,7 +43,27 @@ class Verdict:
                 "the plugin took no layer over: this TP size cuts no quant block, or "
                 "the run's log (--logs) says why"
             )
+        if not patched.error and self._is_beyond_the_control:
+            return (
+                "patched is farther from the baseline than the control, but the "
+                "control has the same TP, and another TP adds noise that it does not "
+                "have; give --config and no --model, which makes other controls"
+            )
         return None
+
+    @property
+    def _is_beyond_the_control(self) -> bool:
+        """Whether patched differs as stock at another TP may, and control cannot."""
+        baseline, control = (
+            self.results[role][0].engine["tensor_parallel_size"]
+            for role in ("baseline", "control")
+        )
+        patched = self.differences["patched"]
+        return (
+            baseline == control
+            and not comparison.holds(patched, self.differences["control"])
+            and comparison.is_noise(patched)
+        )
 
     @property
     def failure(self) -> str | None:

@@ -48,13 +48,14 @@ def write_checkpoint(
         module = name.removesuffix(".weight")
         if len(shape) == 2 and module in linear and not _matches(module, skipped):
             weight, scale = _fp8_blocks(_generator(name), shape, config.block)
-            if shape != wide_shapes[name]:
-                weight, scale = _widen(
-                    name, weight, scale, wide_shapes[name], config.block
-                )
-            tensors[name], tensors[f"{module}.weight_scale_inv"] = weight, scale
+            wide_shape = wide_shapes[name]
+            if shape != wide_shape:
+                scale = _widen_scale(name, weight, scale, wide_shape, config.block)
+            tensors[name] = _widen(name, weight, wide_shape)
+            tensors[f"{module}.weight_scale_inv"] = scale
         else:
-            tensors[name] = _bfloat16(_generator(name), name, shape)
+            tensor = _bfloat16(_generator(name), name, shape)
+            tensors[name] = _widen(name, tensor, wide_shapes[name])
             unquantized += [module] if module != name else []
     save_torch_state_dict(tensors, directory, max_shard_size="4GB")
     quantization = {
@@ -135,35 +136,46 @@ def _fp8_blocks(
     return weight, scale.float()
 
 
-def _widen(
+def _widen(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Append zeros up to ``shape``; where gate and up are fused, to each of them."""
+    rows = max(tensor.ndim - 2, 0)
+    parts = _parts(name)
+    shape = [n // parts if dim == rows else n for dim, n in enumerate(shape)]
+    return torch.cat([_pad(part, shape) for part in tensor.chunk(parts, rows)], rows)
+
+
+def _widen_scale(
     name: str,
     weight: torch.Tensor,
     scale: torch.Tensor,
     shape: tuple[int, ...],
     block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append zeros up to ``shape``; where gate and up are fused, to each of them.
+) -> torch.Tensor:
+    """Append the scales of added blocks, for each of gate and up.
 
-    Their scale is the smallest of the tensor: vLLM's CPU kernel reads the FP8 code
-    0 as 2**-7, which is nothing next to the codes of a block, but much times 1.
+    They are the smallest of the tensor: vLLM's CPU kernel reads the FP8 code 0 as
+    2**-7, which is nothing next to the codes of a block, but much times 1.
     """
-    parts = 2 if "gate_up_proj" in name else 1
-    if weight.shape[0] % (parts * block) and parts > 1:
+    parts = _parts(name)
+    if parts > 1 and weight.shape[0] % (parts * block):
         raise UsageError(
             f"{name} has gate and up in one quant block, {weight.shape[0]} / 2 rows "
-            "each, and cannot be widened for a control; give --control-tp 1."
+            "each, and cannot be widened, so stock vLLM is no measure where it is cut; "
+            "give --baseline-tp and --control-tp that keep its blocks whole."
         )
-    shape = shape[0] // parts, shape[1]
-    blocks = [-(-size // block) for size in shape]
+    blocks = -(-shape[0] // parts // block), -(-shape[1] // block)
     least = scale.min().item()
-    weights = [_pad(part, shape) for part in weight.chunk(parts)]
-    scales = [_pad(part, blocks, least) for part in scale.chunk(parts)]
-    return torch.cat(weights), torch.cat(scales)
+    return torch.cat([_pad(part, blocks, least) for part in scale.chunk(parts)])
+
+
+def _parts(name: str) -> int:
+    return 2 if "gate_up_proj" in name else 1
 
 
 def _pad(tensor: torch.Tensor, shape: Sequence[int], value: float = 0) -> torch.Tensor:
-    rows, columns = (n - old for n, old in zip(shape, tensor.shape, strict=True))
-    return torch.nn.functional.pad(tensor, (0, columns, 0, rows), value=value)
+    added = [n - old for n, old in zip(shape, tensor.shape, strict=True)]
+    ends = [n for each in reversed(added) for n in (0, each)]
+    return torch.nn.functional.pad(tensor, ends, value=value)
 
 
 def _write_tokenizer(vocab_size: int, directory: Path) -> None:

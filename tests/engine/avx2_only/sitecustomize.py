@@ -12,7 +12,7 @@ import wrapt
 os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
 # Inductor's cache knows the CPU, and not that it is to do with less.
-CACHE = Path(tempfile.gettempdir()) / "torchinductor-avx2-only"
+CACHE = Path(tempfile.gettempdir()) / f"torchinductor-avx2-only-{os.getuid()}"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE)
 
 

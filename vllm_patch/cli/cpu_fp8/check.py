@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vllm_patch.cli.cpu_fp8.check``: the operators against fp32.
+"""``python -m vllm_patch.cli.cpu_fp8.check FILE``: the operators against fp32.
 
-To be run with ``cpu_fp8.environment()``, as the engine is. Prints a JSON object:
-which operators this CPU gets, and how far each is from an fp32 reference.
+To be run with ``cpu_fp8.environment()``, as the engine is. Writes a JSON object: which
+operators this CPU gets, and how far each is from an fp32 reference.
 """
 
 import inspect
 import json
+import sys
+from pathlib import Path
 
 import torch
 
@@ -66,6 +68,8 @@ def _experts_error(x: torch.Tensor, draw: torch.Generator) -> float:
         "w2_scale": w2_scale,
         "block_size": [BLOCK, BLOCK],
     }
+    if hasattr(_custom_ops, "CPUActMethod"):
+        arguments["act_method"] = _custom_ops.CPUActMethod.SILU_AND_MUL
     # Releases differ: a new tensor is returned, or ``out`` is written.
     names = inspect.signature(_custom_ops.fused_experts_cpu).parameters
     given = {name: arguments.get(name) for name in names if name in arguments}
@@ -104,5 +108,5 @@ def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
 if __name__ == "__main__":
     import vllm._custom_ops  # noqa: F401
 
-    operators = choose().value
-    print(json.dumps({"operators": operators, "limit": LIMIT, "errors": errors()}))
+    found = {"operators": choose().value, "limit": LIMIT, "errors": errors()}
+    Path(sys.argv[1]).write_text(json.dumps(found))
