@@ -25,7 +25,7 @@ setup(
     package_dir={"vllm_patch.patches": "patches"},
     package_data={
         "vllm_patch.patches": ["v*/series", "v*/*.patch"],
-        "vllm_patch.fp8_tp_padding": ["configs/*.json"],
+        "vllm_patch.fp8_tp_padding.kernels": ["configs/*.json"],
         # No package: its folder goes on PYTHONPATH.
         "vllm_patch.cli.cpu_fp8": ["on_start/*.py"],
     },

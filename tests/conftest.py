@@ -98,7 +98,7 @@ def padding_log(caplog):
     """Return what the padded layers logged so far, as a function of no arguments."""
     import logging
 
-    from vllm_patch.fp8_tp_padding import engagement
+    from vllm_patch.fp8_tp_padding.methods import engagement
 
     name = "vllm.fp8_tp_padding"
     engagement.report(tp_rank=1)  # Forgets layers that other tests built.

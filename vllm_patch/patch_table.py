@@ -57,11 +57,21 @@ PATCHES = (
         name="layers",
         module="vllm.model_executor.layers.quantization.fp8",
         attribute="Fp8Config.get_quant_method",
-        wrapper="vllm_patch.wrappers:with_padded_layers",
+        wrapper="vllm_patch.wrappers:with_cut_layers",
         parameters=("self", "layer", "prefix"),
-        why="experts and linear layers cut inside a quant block get padded methods",
+        why="experts and linear layers cut inside a quant block get methods of ours",
         link=ISSUE,
         until="vLLM loads block-FP8 layers at any tensor-parallel size",
+    ),
+    Patch(
+        name="experts",
+        module="vllm.model_executor.layers.fused_moe.oracle.fp8",
+        attribute="backend_to_kernel_cls",
+        wrapper="vllm_patch.wrappers:with_masked_experts",
+        parameters=("backend",),
+        why="vLLM's choice of experts knows the masked Triton kernels",
+        link=ISSUE,
+        until="vLLM's Triton experts take columns that are cut inside a quant block",
     ),
 )
 

@@ -100,7 +100,10 @@ def built_in() -> str | None:
     package = Path(vllm.submodule_search_locations[0])
     layers = package / "model_executor" / "layers" / "quantization"
     folder, caller = layers / "fp8_tp_padding", layers / "fp8.py"
-    if not (folder / "moe.py").is_file() or folder.name not in caller.read_text():
+    if (
+        not (folder / "methods" / "experts.py").is_file()
+        or folder.name not in caller.read_text()
+    ):
         return None
     return f"this vLLM has the padding built in, in {folder}"
 

@@ -30,7 +30,7 @@ def test_padded_layers_pass(check):
 
 
 def test_a_lead_of_zero_does_not_pass(check, monkeypatch, capsys):
-    from vllm_patch.fp8_tp_padding import linear_layout, shard
+    from vllm_patch.fp8_tp_padding.slices import linear_layout, shard
 
     def at_the_start(*args):
         right = shard.block_shard(*args)

@@ -5,6 +5,9 @@
 import pytest
 import torch
 
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import columns
+from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.window import Window
+
 from .tensor_parallel import runs_kernels
 from .test_linear_loading import HIDDEN, build, load, matrix, run
 
@@ -23,8 +26,6 @@ SHARDS = {
 
 
 def windows_of(shards):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
-
     return [Window(9 * size, size, size, lead, span) for lead, size, span in shards]
 
 
@@ -72,27 +73,19 @@ def padded_output(tokens, shards, dtype):
 @pytest.mark.parametrize("shards", SHARDS.values(), ids=SHARDS)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_real_columns(dirty, path, shards, tokens, dtype, has_bias):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        RealColumns,
-    )
-
     output = padded_output(tokens, shards, dtype)
     expected, bias = real_of(output, shards), None
     if has_bias:
         bias = torch.randn(expected.shape[-1]).to(dtype)
         expected = expected + bias
-    y = RealColumns(windows_of(shards))(output, bias)
+    y = columns.RealColumns(windows_of(shards))(output, bias)
     assert y.is_contiguous() and y.dtype == dtype
     assert torch.equal(y, expected) and not y.isnan().any()
 
 
 def test_a_bias_of_another_dtype(path):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        RealColumns,
-    )
-
     output, bias = torch.randn(3, 128).bfloat16(), torch.randn(64).float()
-    y = RealColumns(windows_of([(32, 64, 128)]))(output, bias)
+    y = columns.RealColumns(windows_of([(32, 64, 128)]))(output, bias)
     assert y.dtype == torch.float32
     assert torch.equal(y, output[:, 32:96] + bias)
 
@@ -100,10 +93,6 @@ def test_a_bias_of_another_dtype(path):
 @pytest.mark.parametrize("rows", ["a view of more", "transposed", "3-D"])
 @pytest.mark.parametrize("name", ["gate_up", "qkv"])
 def test_real_columns_of_any_strides(dirty, path, name, rows):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        RealColumns,
-    )
-
     shards = SHARDS[name]
     output = padded_output(6, shards, torch.bfloat16)
     if rows == "a view of more":
@@ -112,7 +101,7 @@ def test_real_columns_of_any_strides(dirty, path, name, rows):
         output = output.T.contiguous().T
     else:
         output = output.view(2, 3, -1)
-    y = RealColumns(windows_of(shards))(output)
+    y = columns.RealColumns(windows_of(shards))(output)
     assert y.is_contiguous() and torch.equal(y, real_of(output, shards))
 
 
@@ -123,40 +112,29 @@ def test_real_columns_of_any_strides(dirty, path, name, rows):
     "shard", [(64, 64, 128), (96, 96, 256), (5, 301, 384), (70, 700, 896)]
 )
 def test_padded_columns(dirty, path, shard, tokens, dtype):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        PaddedColumns,
-    )
-
     lead, size, span = shard
     # A view of a larger tensor, whose other columns must not be read.
     whole = torch.full((tokens, size + 40), float("nan"), dtype=dtype)
     x = whole[:, 8 : 8 + size]
     x.copy_(torch.randn(tokens, size))
-    y = PaddedColumns(*windows_of([shard]))(x)
+    y = columns.PaddedColumns(*windows_of([shard]))(x)
     assert y.is_contiguous()
     assert torch.equal(y, torch.nn.functional.pad(x, (lead, span - lead - size)))
 
 
 def test_no_tokens(path):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        PaddedColumns,
-        RealColumns,
-    )
-
     windows = windows_of(SHARDS["gate_up"])
-    assert RealColumns(windows)(torch.empty(0, 2560)).shape == (0, 2432)
-    assert PaddedColumns(windows[0])(torch.empty(0, 1216)).shape == (0, 1280)
+    assert columns.RealColumns(windows)(torch.empty(0, 2560)).shape == (0, 2432)
+    assert columns.PaddedColumns(windows[0])(torch.empty(0, 1216)).shape == (0, 1280)
 
 
 def test_what_torch_compile_traces():
     """One graph, of torch's own operators."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        PaddedColumns,
-        RealColumns,
-    )
-
     shards = SHARDS["qkv"]
-    real, pad = RealColumns(windows_of(shards)), PaddedColumns(*windows_of(shards[:1]))
+    real, pad = (
+        columns.RealColumns(windows_of(shards)),
+        columns.PaddedColumns(*windows_of(shards[:1])),
+    )
     output = padded_output(3, shards, torch.bfloat16)
     bias = torch.randn(384).bfloat16()
     graphs = []
@@ -177,8 +155,6 @@ def test_what_torch_compile_traces():
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_column_parallel_layers_launch_it_once(monkeypatch, has_bias):
     """For the columns and the bias."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import columns
-
     sizes = {"input_size": HIDDEN, "output_size": 640, "bias": has_bias}
     layer = build("ColumnParallelLinear", 8, 1, **sizes)
     load(layer, {None: matrix(640, HIDDEN, seed=0)})
@@ -186,7 +162,6 @@ def test_column_parallel_layers_launch_it_once(monkeypatch, has_bias):
         layer.bias.weight_loader(layer.bias, torch.arange(640.0))
     x = torch.ones(3, HIDDEN, dtype=torch.bfloat16)
     run(layer, x, 8, 1)  # Turns the weights into what the kernel takes.
-    monkeypatch.setattr(layer.quant_method, "_masked", None)
     seen, copy = [], columns._copy
     monkeypatch.setattr(columns, "_copy", lambda *a: seen.append(a) or copy(*a))
     y = layer.quant_method.apply(layer, x, layer.bias)

@@ -7,6 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    columns,
+    dependent_launch,
+    input_quant,
+)
+
 from .tensor_parallel import runs_kernels
 from .test_linear_loading import HIDDEN, build, load, matrix, run
 
@@ -16,8 +22,6 @@ pytestmark = runs_kernels
 @pytest.fixture(params=[(True, True), (True, False), (False, True)])
 def supported(request, monkeypatch):
     """Whether the platform is CUDA, and its GPU can; return whether both."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import dependent_launch
-
     is_cuda, can = request.param
     platform = SimpleNamespace(is_cuda=lambda: is_cuda, is_arch_support_pdl=lambda: can)
     monkeypatch.setattr(dependent_launch, "current_platform", platform)
@@ -42,23 +46,17 @@ class Recorded:
 
 @pytest.mark.parametrize("tokens", [1, 17])
 def test_where_the_gpu_can(monkeypatch, supported, tokens):
-    """Few tokens: quantization and product. More: quantization and gathering."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import (
-        columns,
-        input_quant,
-        masked_linear,
-    )
-
+    """Quantization and gathering, of one program and of several."""
     sizes = {"input_size": HIDDEN, "output_size": 640, "bias": False}
     layer = build("ColumnParallelLinear", 8, 1, **sizes)
     load(layer, {None: matrix(640, HIDDEN, seed=0)})
     x = torch.ones(tokens, HIDDEN)
     run(layer, x, 8, 1)  # Turns the weights into what the kernels take.
     launches = []
-    last = (masked_linear, "_masked_linear_kernel")
-    if tokens > 16:
-        last = (columns, "_copy_kernel")
-    for module, name in ((input_quant, "_padded_quant_kernel"), last):
+    for module, name in (
+        (input_quant, "_padded_quant_kernel"),
+        (columns, "_copy_kernel"),
+    ):
         kernel = Recorded(getattr(module, name), launches)
         monkeypatch.setattr(module, name, kernel)
     layer.quant_method.apply(layer, x)

@@ -24,7 +24,7 @@ def test_scale_of_the_wrong_shape(layer):
     with fails(
         f"{PREFIX}: {PREFIX}.w13_weight_scale_inv of expert 1 (w3) has shape (11, 2), "
         "but the model needs (12, 2), one scale for each quant block. Check "
-        "weight_block_size and moe_intermediate_size in config.json"
+        "the layer's sizes and weight_block_size in config.json"
     ):
         experts.load_tensor(
             layer, "w13_weight_scale_inv", torch.ones(11, 2), "w3", expert=1
@@ -34,7 +34,7 @@ def test_scale_of_the_wrong_shape(layer):
 def test_weight_of_the_wrong_shape(layer):
     with fails(
         "w2_weight of expert 0 (w2) has shape (256, 1537), but the model needs "
-        "(256, 1536). Check hidden_size and moe_intermediate_size in config.json"
+        "(256, 1536). Check the layer's sizes and weight_block_size in config.json"
     ):
         experts.load_tensor(
             layer, "w2_weight", torch.zeros(256, 1537).to(FP8), "w2", expert=0
@@ -101,7 +101,7 @@ def test_a_load_that_failed_does_not_complete_the_next_one(layer, broken):
         layer.w2_weight_scale_inv.data[0] = float("nan")
         experts.process(layer, 8, 3)
     experts.load_tensor(layer, "w13_weight", checkpoint.weights["w1"][0], "w1", 0)
-    with fails("(11 of 12 expert tensors are)"):
+    with fails("(11 of 12 tensors are)"):
         experts.process(layer, 8, 3)
 
 
@@ -111,7 +111,7 @@ def test_missing_scale(layer):
     load(layer, checkpoint)
     with fails(
         f"{PREFIX}: w13_weight_scale_inv of expert 0 (w3) is missing from the "
-        "checkpoint (2 of 12 expert tensors are). Download or quantize"
+        "checkpoint (2 of 12 tensors are). Download or quantize"
     ):
         experts.process(layer, 8, 3)
 

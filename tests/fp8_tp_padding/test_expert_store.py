@@ -5,6 +5,11 @@
 import pytest
 import torch
 
+from vllm.model_executor.layers.quantization.fp8_tp_padding.methods.store import (
+    Compact,
+    Padded,
+)
+
 from . import experts
 from .experts import Checkpoint, build, load, poison
 from .tensor_parallel import runs_kernels
@@ -32,8 +37,8 @@ def test_ranks_rebuild_the_checkpoint_without_padding(total, tp_size):
     size = total // tp_size
     for rank in range(tp_size):
         layer = build(total, tp_size, rank)
-        if layer.quant_method.padded_because:
-            assert "blocks a rank" in layer.quant_method.padded_because
+        if layer.quant_method.store != Compact():
+            assert "blocks a rank" in layer.quant_method.store.because
             continue
         poison(layer)
         load(layer, checkpoint)
@@ -55,7 +60,7 @@ def test_ranks_rebuild_the_checkpoint_without_padding(total, tp_size):
 
 def test_a_wide_rank_is_padded():
     layer = build(1408, 2, 1)
-    assert layer.quant_method.padded_because == (
+    assert layer.quant_method.store == Padded(
         "masked kernels take up to 4 blocks a rank, not 6"
     )
     assert layer.w2_weight.shape[-1] == 768
@@ -71,7 +76,7 @@ def test_a_wide_rank_is_padded():
 def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
     monkeypatch.setenv(variable, value)
     layer = build(384, 2, 1)
-    assert layer.quant_method.padded_because == reason
+    assert layer.quant_method.store == Padded(reason)
     assert layer.w2_weight.shape[-1] == 256
 
 
@@ -85,12 +90,10 @@ def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
 )
 def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
     layer = build(384, 2, 1, **kwargs)
-    assert layer.quant_method.padded_because == reason
+    assert layer.quant_method.store == Padded(reason)
 
 
-AS_THEY_ARE = (
-    "1 MoE layers, 384 / TP 2 = 192 stored as they are, for masked Triton kernels"
-)
+COMPACT = "1 MoE layers, 384 / TP 2 = 192 stored compact, for masked Triton kernels"
 PADDED = "1 MoE layers, 384 / TP 2 = 192 padded to 256 (VLLM_FP8_TP_PADDING=padded)"
 ADDED = "0.1 MiB of padding on the largest rank"
 
@@ -98,11 +101,11 @@ ADDED = "0.1 MiB of padding on the largest rank"
 @pytest.mark.parametrize(
     ("modes", "parts"),
     [
-        (["auto"], [AS_THEY_ARE]),
+        (["auto"], [COMPACT]),
         (["padded"], [PADDED, ADDED]),
-        (["auto", "padded"], [AS_THEY_ARE, PADDED, ADDED]),
+        (["auto", "padded"], [COMPACT, PADDED, ADDED]),
     ],
-    ids=["as they are", "padded", "some of both"],
+    ids=["compact", "padded", "some of both"],
 )
 def test_the_log_line_says_what_is_stored_and_why(
     monkeypatch, padding_log, modes, parts

@@ -2,10 +2,13 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """The kernel that pads and quantizes, against padding first and vLLM's own."""
 
-from unittest import mock
-
 import pytest
 import torch
+
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    input_quant,
+)
+from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.window import Window
 
 from .tensor_parallel import rank_of, runs_kernels
 from .test_linear_loading import build, load, matrix, run
@@ -23,16 +26,13 @@ LAYOUTS = {
 
 def quantizers(layout: str, window):
     """Return vLLM's quantization and ours."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.input_quant import (
-        PaddedQuantFP8,
-    )
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
     with rank_of(1, 0):
         options = {"use_ue8m0": False, **LAYOUTS[layout]}
         stock = QuantFP8(static=False, group_shape=GroupShape(1, 128), **options)
-    return stock, PaddedQuantFP8(stock, window)
+    return stock, input_quant.PaddedQuantFP8(stock, window)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -43,8 +43,6 @@ def quantizers(layout: str, window):
 # whole blocks, as column-parallel layers have.
 @pytest.mark.parametrize(("lead", "size"), [(32, 64), (96, 96), (0, 270), (0, 256)])
 def test_it_is_what_vllm_makes_of_the_padded_input(layout, tokens, lead, size):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
-
     span = -(-(lead + size) // 128) * 128
     stock, ours = quantizers(layout, Window(10 * size, size, size, lead, span))
     # A view of a larger tensor, whose other columns must not be read.
@@ -77,8 +75,6 @@ def test_torch_compile_sees_vllms_own_op_where_nothing_is_padded(
     monkeypatch, size, calls
 ):
     """It fuses that one with the norm before it."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.window import Window
-
     stock, ours = quantizers("rows", Window(size, 0, size, 0, 256))
     seen = []
     monkeypatch.setattr(
@@ -116,7 +112,6 @@ def test_an_input_that_ends_inside_a_group_is_left_to_vllm():
 
 @pytest.mark.parametrize("obstacle", ["no CUDA", "input as it is", "own apply", "off"])
 def test_other_kernels_get_a_padded_input(monkeypatch, obstacle):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import input_quant
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 
     kernel = type(row_parallel().quant_method.fp8_linear)
@@ -177,25 +172,9 @@ def test_where_the_kernel_depends_on_tokens(monkeypatch, own_inputs, layer, comp
     method = layer.quant_method
     rows, columns = (256, 640) if method.layout.pads_input else (640, 256)
     load(layer, {None: matrix(rows, columns, seed=0)})
-    monkeypatch.setattr(method, "_masked", None)
     x = torch.randint(-1, 2, (3, layer.input_size_per_partition)).bfloat16()
     y = run(layer, x, 8, 1)
     assert not own_inputs and y.shape == (3, layer.output_size_per_partition)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     assert torch.equal(method.apply(layer, x), y)
     assert len(own_inputs) == (compiling and not method.layout.pads_input)
-
-
-def test_few_tokens_where_the_kernel_depends_on_them(monkeypatch, own_inputs):
-    layer = column_parallel()
-    load(layer, {None: matrix(640, 256, seed=0)})
-    x = torch.randn(3, 256).bfloat16()
-    y = run(layer, x, 8, 1)
-    product = layer.quant_method._masked
-    called = mock.Mock(side_effect=product.__call__, takes=product.takes)
-    monkeypatch.setattr(layer.quant_method, "_masked", called)
-    assert torch.equal(layer.quant_method.apply(layer, x), y)
-    assert called.call_count == 1 and not own_inputs
-    monkeypatch.setattr(layer.quant_method, "_masked", None)
-    other = layer.quant_method.apply(layer, x)
-    assert (y - other).abs().max() <= 0.01 * other.abs().max()

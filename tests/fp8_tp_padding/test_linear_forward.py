@@ -107,7 +107,7 @@ def test_a_layer_without_tensor_parallelism_that_ends_inside_a_block(rank):
     """Every rank holds all of it; what comes after a partial shard is moved."""
     tensors = {0: matrix(192, HIDDEN, 0), 1: matrix(320, HIDDEN, 1)}
     layer = merged(TP, rank, [192, 320], dtype=torch.float32, disable_tp=True)
-    assert method_name(layer) == "Fp8TpPaddedLinearMethod"
+    assert method_name(layer) == "CutFp8LinearMethod"
     poison(layer)
     load(layer, tensors)
     x = activations(3, HIDDEN)

@@ -132,7 +132,7 @@ def test_qkv_with_replicated_heads(rank):
         total_num_kv_heads=kv_heads,
         bias=True,
     )
-    assert type(layer.quant_method).__name__ == "Fp8TpPaddedLinearMethod"
+    assert type(layer.quant_method).__name__ == "CutFp8LinearMethod"
     poison(layer)
     load(layer, tensors)
     layer.bias.data.copy_(torch.arange(320.0))
@@ -320,9 +320,15 @@ def test_raw_weights_are_read_without_padding():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w, s: (w[:100], s), r"weight has shape \(100, 256\) for logical sh"),
+        (
+            lambda w, s: (w[:100], s),
+            r"weight of logical shard 0 has shape \(100, 256\), but",
+        ),
         (lambda w, s: (w.bfloat16(), s), "dtype torch.bfloat16, but a block-quantized"),
-        (lambda w, s: (w, s[:1]), r"weight_scale_inv has shape \(1, 2\)"),
+        (
+            lambda w, s: (w, s[:1]),
+            r"weight_scale_inv of logical shard 0 has shape \(1, 2\), but",
+        ),
     ],
 )
 def test_tensors_that_cannot_be_right(change, message):

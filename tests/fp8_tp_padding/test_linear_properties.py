@@ -6,6 +6,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import columns
+from vllm.model_executor.layers.quantization.fp8_tp_padding.loading import linear_loader
+from vllm.model_executor.layers.quantization.fp8_tp_padding.slices import linear_layout
+
 BLOCK = 4
 
 
@@ -29,30 +33,21 @@ def dequantize_one_by_one(weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
 
 def load(layout, weights, scales):
     """Load all shards through the loaders; return the dequantized buffer."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear_loader import (
-        LinearParameter,
-    )
-
-    buffers = []
-    for kind, outputs, inputs, tensors in (
-        ("weight", layout.output_windows(), layout.input_window(), weights),
-        ("scale", layout.output_blocks(), layout.input_blocks(), scales),
-    ):
-        parameter = LinearParameter(kind, kind, outputs, inputs, [], 1)
-        rows = sum(window.span for window in outputs)
-        data = torch.full((rows, inputs.span), float("nan"))
-        for index, tensor in enumerate(tensors):
-            parameter.load(kind, data, index, tensor)
-        buffers.append(data)
-    return dequantize_one_by_one(*buffers)
+    buffers = {}
+    for tensor in linear_loader.linear_tensors(layout):
+        rows = sum(window.span for window in layout.output_windows())
+        if tensor.kind == "scale":
+            rows = sum(window.span for window in layout.output_blocks())
+        empty = torch.full((rows, tensor.windows[1].span), float("nan"))
+        data = buffers.setdefault(tensor.kind, empty)
+        tensor.load(
+            data, (weights if tensor.kind == "weight" else scales)[tensor.shard]
+        )
+    return dequantize_one_by_one(buffers["weight"], buffers["scale"])
 
 
 def run(layout, x, buffer):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.columns import (
-        RealColumns,
-    )
-
-    return RealColumns(layout.output_windows())(x @ buffer.T)
+    return columns.RealColumns(layout.output_windows())(x @ buffer.T)
 
 
 @st.composite
@@ -71,26 +66,22 @@ patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(column_layers())
 def test_column_parallel(case):
     """Odd shards are shared by ``replicas`` ranks, as KV heads are."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear_layout import (
-        Dimension,
-        LinearLayout,
-    )
-
-    tp_size, replicas, shards, columns, seed = case
+    tp_size, replicas, shards, hidden, seed = case
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(-3, 4, (2, columns), generator=generator).float()
+    x = torch.randint(-3, 4, (2, hidden), generator=generator).float()
     parts = [tp_size // replicas if i % 2 else tp_size for i in range(len(shards))]
     pairs = [
-        blocks_of(size * part, columns, generator)
+        blocks_of(size * part, hidden, generator)
         for size, part in zip(shards, parts, strict=True)
     ]
     for rank in range(tp_size):
         ranks = [rank // replicas if i % 2 else rank for i in range(len(shards))]
         outputs = tuple(
-            Dimension(size * part, part_rank, part, BLOCK)
+            linear_layout.Dimension(size * part, part_rank, part, BLOCK)
             for size, part, part_rank in zip(shards, parts, ranks, strict=True)
         )
-        layout = LinearLayout(outputs, Dimension(columns, 0, 1, BLOCK), False)
+        inputs = linear_layout.Dimension(hidden, 0, 1, BLOCK)
+        layout = linear_layout.LinearLayout(outputs, inputs, False)
         buffer = load(layout, [w for w, _ in pairs], [s for _, s in pairs])
         expected = [
             dequantize_one_by_one(*pair)[part_rank * size : (part_rank + 1) * size]
@@ -107,18 +98,14 @@ def test_column_parallel(case):
     st.integers(0, 99),
 )
 def test_row_parallel(tp_size, size, rows, seed):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.linear_layout import (
-        Dimension,
-        LinearLayout,
-    )
-
     generator = torch.Generator().manual_seed(seed)
     weight, scale = blocks_of(rows, size * tp_size, generator)
     x = torch.randint(-3, 4, (2, size * tp_size), generator=generator).float()
     summed = torch.zeros(2, rows)
     for rank in range(tp_size):
-        columns = Dimension(size * tp_size, rank, tp_size, BLOCK)
-        layout = LinearLayout((Dimension(rows, 0, 1, BLOCK),), columns, True)
+        outputs = (linear_layout.Dimension(rows, 0, 1, BLOCK),)
+        inputs = linear_layout.Dimension(size * tp_size, rank, tp_size, BLOCK)
+        layout = linear_layout.LinearLayout(outputs, inputs, True)
         window = layout.input_window()
         mine = torch.zeros(2, window.span)
         mine[:, window.lead : window.lead + size] = x[

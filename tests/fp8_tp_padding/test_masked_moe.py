@@ -7,6 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import masked_moe
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels.tiles import (
+    PairTiles,
+    SortedTiles,
+    Tile,
+)
+from vllm.model_executor.layers.quantization.fp8_tp_padding.methods.store import Compact
+
 from . import exact, experts
 from .experts import Checkpoint, build, load
 from .moe_reference import reference, relative_error
@@ -17,30 +25,14 @@ pytestmark = runs_kernels
 EXPERTS, TOP_K, HIDDEN = 4, 2, 256
 
 
-def paths():
-    """Every path through the kernels, with tiles that cut spans differently."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.tiles import Tile, Tiles
-
-    return {
-        "pairs": Tiles(False, 16, Tile(32, 4, 3, unroll=2), Tile(64, 4, 3)),
-        "pairs, swapped": Tiles(
-            False, 16, Tile(64, 4, 3, swap=True), Tile(64, 4, 3, swap=True)
-        ),
-        "sorted": Tiles(True, 16, Tile(32, 4, 3), Tile(128, 4, 2), down_splits=2),
-        "sorted, swapped": Tiles(
-            True, 16, Tile(64, 4, 3, swap=True), Tile(64, 4, 2, swap=True)
-        ),
-        "quantized": Tiles(
-            True, 16, Tile(128, 4, 3), Tile(64, 4, 2), quantize_in_gate_up=True
-        ),
-        "pairs, quantized": Tiles(
-            False, 16, Tile(128, 4, 3), Tile(64, 4, 2), quantize_in_gate_up=True
-        ),
-    }
-
-
-PATHS = ("pairs", "pairs, swapped", "sorted", "sorted, swapped", "quantized")
-PATHS += ("pairs, quantized",)
+# Every path through the kernels, with tiles that cut spans differently.
+SWAPPED = Tile(64, 4, 3, swap=True)
+PATHS = {
+    "pairs": PairTiles(Tile(32, 4, 3, unroll=2), Tile(64, 4, 3)),
+    "pairs, swapped": PairTiles(SWAPPED, SWAPPED),
+    "sorted": SortedTiles(16, Tile(32, 4, 3), Tile(128, 4, 2), down_splits=2),
+    "sorted, swapped": SortedTiles(16, SWAPPED, SWAPPED),
+}
 
 
 def tokens(count: int, skewed: bool = False):
@@ -58,33 +50,25 @@ def compact_layer(total, tp_size, rank, checkpoint):
     layer = build(
         total, tp_size, rank, experts=EXPERTS, hidden=HIDDEN, dtype=torch.float32
     )
-    assert layer.quant_method.padded_because is None
+    assert layer.quant_method.store == Compact()
     experts.poison(layer)
     load(layer, checkpoint)
     experts.process(layer, tp_size, rank, torch.float32)
     return layer
 
 
-def run(layer, tiles, x, weights, ids, expert_map=None, num_ids=EXPERTS, shard=None):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import masked_moe
-
+def run(layer, tiles, x, weights, ids, shard=None):
     shard = shard or layer.quant_method.block_shard
-    problem = masked_moe.Problem(
-        *(x.shape[0], ids.shape[1], HIDDEN, num_ids, shard, x.dtype, tiles)
-    )
-    workspace = torch.full((problem.workspace_bytes,), 0xFF, dtype=torch.uint8)
+    sizes = x.shape[0], ids.shape[1], HIDDEN, EXPERTS
+    plan = masked_moe.plan_for(masked_moe.Problem(*sizes, shard, x.dtype), tiles)
+    workspace = torch.full((plan.workspace_bytes,), 0xFF, dtype=torch.uint8)
     out = torch.full_like(x, float("nan"))
-    masked_moe.masked_moe(
+    w13_scale, w2_scale = layer.w13_weight_scale_inv, layer.w2_weight_scale_inv
+    plan.run(
         out,
         x,
-        masked_moe.Weights(
-            layer.w13_weight,
-            layer.w2_weight,
-            layer.w13_weight_scale_inv,
-            layer.w2_weight_scale_inv,
-        ),
-        masked_moe.Routing(weights, ids, expert_map),
-        problem,
+        masked_moe.Weights(layer.w13_weight, layer.w2_weight, w13_scale, w2_scale),
+        masked_moe.Routing(weights, ids),
         workspace,
     )
     return out
@@ -105,7 +89,7 @@ def test_a_straddling_rank_matches_the_reference(total, tp_size, rank, path):
     layer = compact_layer(total, tp_size, rank, checkpoint)
     inputs = tokens(3)
     expected = reference(checkpoint, total, tp_size, *inputs, ranks=[rank])
-    out = run(layer, paths()[path], *inputs)
+    out = run(layer, PATHS[path], *inputs)
     expected.check(out)
 
 
@@ -116,7 +100,7 @@ def test_a_wrong_lead_shows(path):
     inputs = tokens(2)
     expected = reference(checkpoint, 384, 2, *inputs, ranks=[1])
     tail_only = dataclasses.replace(layer.quant_method.block_shard, lead=0)
-    out = run(layer, paths()[path], *inputs, shard=tail_only)
+    out = run(layer, PATHS[path], *inputs, shard=tail_only)
     assert relative_error(out, expected.value) > 0.1
 
 
@@ -134,36 +118,29 @@ def test_batches(path, count, skewed):
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(count, skewed)
     expected = reference(checkpoint, 384, 2, *inputs, ranks=[1])
-    out = run(layer, paths()[path], *inputs)
+    out = run(layer, PATHS[path], *inputs)
     expected.check(out)
 
 
 @pytest.mark.parametrize("path", ["pairs", "sorted, swapped"])
-def test_remote_experts_and_padding_tokens_add_nothing(path):
+def test_slots_that_name_no_expert_add_nothing(path):
     checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
-    x, weights, local = tokens(5)
-    # Global experts 1, 3, 5 and 7 live here, in another order.
-    order = torch.tensor([5, 1, 7, 3])
-    expert_map = torch.full((8,), -1, dtype=torch.int32)
-    expert_map[order] = torch.arange(EXPERTS, dtype=torch.int32)
-    ids = order[local.long()].to(torch.int32)
-    ids[1, 0], local[1, 0] = 4, -1  # remote
-    ids[4], local[4] = -1, -1  # a padding token
-    expected = reference(checkpoint, 384, 2, x, weights, local, ranks=[1])
-    out = run(layer, paths()[path], x, weights, ids, expert_map, num_ids=8)
+    x, weights, ids = tokens(5)
+    ids[1, 0] = -1
+    ids[4] = -1  # a padding token
+    ids[2, 1] = EXPERTS
+    out = run(layer, PATHS[path], x, weights, ids)
+    ids[2, 1] = -1
+    expected = reference(checkpoint, 384, 2, x, weights, ids, ranks=[1])
     expected.check(out)
     assert not out[4].any()
 
 
 def test_sorting_many_pairs_in_chunks(monkeypatch):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.masked_moe import (
-        Problem,
-    )
-
     checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(40)
-    expected = run(layer, paths()["sorted"], *inputs)
-    monkeypatch.setattr(Problem, "chunk", 32)
-    assert torch.equal(run(layer, paths()["sorted"], *inputs), expected)
+    expected = run(layer, PATHS["sorted"], *inputs)
+    monkeypatch.setattr(masked_moe.SortedPlan, "chunk", 32)
+    assert torch.equal(run(layer, PATHS["sorted"], *inputs), expected)

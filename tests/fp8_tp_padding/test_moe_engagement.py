@@ -106,7 +106,7 @@ def test_off_is_stock(plugin, stock_class, monkeypatch):
     assert layer.quant_method.moe_block_shape == [64, 64]
 
 
-def test_the_padded_method_replaces_refined_blocks(plugin, stock_class):
+def test_our_method_replaces_refined_blocks(plugin, stock_class):
     layer = build(1536, 8, 3)
     assert issubclass(method_class(layer), stock_class)
     assert method_class(layer) is not stock_class
@@ -149,9 +149,9 @@ def test_the_kernel_is_the_one_stock_takes_for_the_padded_shape(
 def test_what_cannot_be_padded_is_left_to_stock(
     plugin, stock_class, padding_log, kwargs, reason
 ):
-    from vllm_patch.fp8_tp_padding import moe
+    from vllm_patch.fp8_tp_padding.methods.experts import CutFp8MoEMethod
 
-    assert not isinstance(outcome(build, **kwargs), moe.Fp8TpPaddedMoEMethod)
+    assert not isinstance(outcome(build, **kwargs), CutFp8MoEMethod)
     assert outcome(build, **kwargs) == outcome(build_stock, **kwargs)
     assert any(reason in record.getMessage() for record in padding_log())
 

@@ -7,7 +7,15 @@ import dataclasses
 import pytest
 import torch
 
-from vllm.model_executor.layers.quantization.fp8_tp_padding.shard import block_shard
+from vllm.model_executor.layers.quantization.fp8_tp_padding.loading import (
+    sliced_tensor,
+)
+from vllm.model_executor.layers.quantization.fp8_tp_padding.methods import (
+    experts as methods,
+)
+from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.shard import (
+    block_shard,
+)
 
 from . import experts
 from .experts import Checkpoint, build, load, padded, poison, vllm_version
@@ -49,7 +57,7 @@ def check_that_ranks_rebuild(checkpoint: Checkpoint, total: int, tp_size: int) -
     cut = size % experts.BLOCK != 0
     for rank in range(tp_size):
         layer = build(total, tp_size, rank)
-        assert method_name(layer) == ("Fp8TpPaddedMoEMethod" if cut else "Fp8MoEMethod")
+        assert method_name(layer) == ("CutFp8MoEMethod" if cut else "Fp8MoEMethod")
         poison(layer)
         load(layer, checkpoint)
         start = rank * size
@@ -75,29 +83,24 @@ def test_ranks_rebuild_the_checkpoint_exactly(total, tp_size):
 @pytest.mark.parametrize(("total", "tp_size"), [(1536, 8), (640, 8), (1408, 8)])
 def test_the_check_sees_padding_at_the_tail_only(monkeypatch, total, tp_size):
     """What everyone tries first; wrong for each rank that starts inside a block."""
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import moe
 
     def tail_only(*args):
         return dataclasses.replace(block_shard(*args), lead=0)
 
-    monkeypatch.setattr(moe, "block_shard", tail_only)
+    monkeypatch.setattr(methods, "block_shard", tail_only)
     with pytest.raises(AssertionError):
         check_that_ranks_rebuild(Checkpoint.random(total), total, tp_size)
 
 
 def test_the_check_sees_padding_left_uninitialised(monkeypatch):
-    from vllm.model_executor.layers.quantization.fp8_tp_padding.expert_loader import (
-        ExpertParameter,
-    )
+    def load_real_part_only(self, data, tensor):
+        slot = self.slot(data)
+        for dim, window in enumerate(self.windows):
+            slot = slot.narrow(dim, window.lead, window.size)
+            tensor = tensor.narrow(dim, window.start, window.size)
+        slot.copy_(tensor)
 
-    def load_real_part_only(self, expert_data, shard_id, tensor):
-        window = self.window
-        first = self.slots[shard_id] * window.span + window.lead
-        expert_data.narrow(self.dim, first, window.size).copy_(
-            tensor.narrow(self.dim, window.start, window.size)
-        )
-
-    monkeypatch.setattr(ExpertParameter, "load", load_real_part_only)
+    monkeypatch.setattr(sliced_tensor.SlicedTensor, "load", load_real_part_only)
     with pytest.raises(AssertionError, match="padding must be zero"):
         check_that_ranks_rebuild(Checkpoint.random(1536), 1536, 8)
 
@@ -212,7 +215,7 @@ def test_experts_without_a_gate():
         if vllm_version() >= (0, 32)
         else ("up_proj", "down_proj", ""),
     )
-    assert method_name(layer) == "Fp8TpPaddedMoEMethod"
+    assert method_name(layer) == "CutFp8MoEMethod"
     poison(layer)
     load(layer, checkpoint)
     weight, scale = padded(layer, "w1")

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.model_executor.layers.quantization.fp8_tp_padding.shard import block_shard
+from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.shard import (
+    block_shard,
+)
 
 
 @st.composite

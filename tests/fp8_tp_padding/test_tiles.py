@@ -6,60 +6,58 @@ import json
 
 import pytest
 
-from vllm.model_executor.layers.quantization.fp8_tp_padding.shard import block_shard
+from vllm.model_executor.layers.fused_moe import fused_moe
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    tile_choice,
+    tuned_tiles,
+)
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels.tiles import (
+    PairTiles,
+    SortedTiles,
+)
+from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.shard import (
+    block_shard,
+)
 
 TILE = {"block_n": 64, "num_warps": 4, "num_stages": 3}
-PAIRS = {"sort": False, "block_m": 16, "gate_up": TILE, "down": TILE}
-SORTED = {**PAIRS, "sort": True}
+PAIRS = {"gate_up": TILE, "down": TILE}
+SORTED = {**PAIRS, "block_m": 16}
 
 
 @pytest.fixture
-def tiles():
-    from vllm.model_executor.layers.quantization.fp8_tp_padding import tiles
-
-    tiles.tiles_for.cache_clear()
-    yield tiles
-    tiles.tiles_for.cache_clear()
-
-
-@pytest.fixture
-def read(tiles, tmp_path):
+def read(tmp_path):
     """Write a tuned file and read it."""
 
     def read(config: dict):
         path = tmp_path / "tuned.json"
         path.write_text(json.dumps(config))
-        return tiles.read_config(path)
+        return tuned_tiles.read_config(path)
 
     return read
 
 
-def test_tuned_files_can_be_read(tiles):
-    files = list(tiles.CONFIGS.glob("*.json"))
-    assert files and all(tiles.read_config(file) for file in files)
+def test_the_tuned_file_is_found(monkeypatch):
+    """In the plugin's folder or, in a vLLM tree, among those of vLLM's kernels."""
+    monkeypatch.setattr(
+        fused_moe.current_platform, "get_device_name", lambda: "NVIDIA H200"
+    )
+    tuned_tiles.tuned_tiles.cache_clear()
+    tuned = tuned_tiles.tuned_tiles(128, 192)
+    tuned_tiles.tuned_tiles.cache_clear()
+    assert isinstance(tuned[1], PairTiles) and isinstance(tuned[4096], SortedTiles)
 
 
 def test_entries_come_in_order(read):
     tuned = read({"triton_version": "3.6.0", "64": SORTED, "8": PAIRS})
-    assert [(tokens, tiles.sort) for tokens, tiles in tuned.items()] == [
-        (8, False),
-        (64, True),
-    ]
+    assert [*tuned] == [8, 64]
+    assert isinstance(tuned[8], PairTiles) and isinstance(tuned[64], SortedTiles)
 
 
-def test_sort_does_not_go_back(read):
+def test_sorting_does_not_go_back(read):
     """Whatever the order of the entries, and as numbers: 16 is more than 8."""
-    message = r"tuned\.json: sort is True for 8 tokens and False for 16\. It must"
+    message = r"tuned\.json: pairs are sorted for 8 tokens and not for 16\. They must"
     with pytest.raises(ValueError, match=message):
         read({"16": PAIRS, "8": SORTED, "4": PAIRS})
-
-
-def test_quantizing_earlier_does_not_begin_later(read):
-    """It makes the intermediate smaller than that of a smaller call."""
-    entry = {**SORTED, "gate_up": {**TILE, "block_n": 128}}
-    message = r"quantize_in_gate_up is False for 8 tokens and True for 16\. It must"
-    with pytest.raises(ValueError, match=message):
-        read({"8": entry, "16": {**entry, "quantize_in_gate_up": True}})
 
 
 @pytest.mark.parametrize("config", [{}, {"triton_version": "3.6.0"}, [], 3])
@@ -74,14 +72,16 @@ def test_files_without_entries(read, config):
         ({"8": {**PAIRS, "down": {**TILE, "num_warps": 3}}}, "num_warps = 3"),
         ({"8": {**PAIRS, "down": {**TILE, "num_stages": 0}}}, "num_stages = 0"),
         ({"8": {**PAIRS, "down": {**TILE, "unroll": 0}}}, "unroll = 0"),
-        ({"8": {**PAIRS, "block_m": 8}}, "block_m = 8"),
-        ({"8": {**PAIRS, "block_m": 24}}, "block_m = 24"),
-        ({"8": {**PAIRS, "down_splits": 0}}, "down_splits = 0"),
-        ({"8": {**PAIRS, "sort": "no"}}, "sort = 'no'"),
+        ({"8": {**SORTED, "block_m": 8}}, "block_m = 8"),
+        ({"8": {**SORTED, "block_m": 24}}, "block_m = 24"),
+        ({"8": {**SORTED, "down_splits": 0}}, "down_splits = 0"),
+        ({"8": {**PAIRS, "down_splits": 2}}, "down_splits"),
+        ({"8": {**PAIRS, "pdl": "no"}}, "pdl = 'no'"),
+        ({"8": {**PAIRS, "down": {**TILE, "swap": 1}}}, "swap = 1"),
         ({"-1": PAIRS}, "tokens = -1"),
         ({"8": {**PAIRS, "block_k": 64}}, "block_k"),
         ({"8": {**PAIRS, "down": {**TILE, "block_k": 64}}}, "block_k"),
-        ({"8": {"sort": True, "block_m": 16, "down": TILE}}, "gate_up"),
+        ({"8": {"block_m": 16, "down": TILE}}, "gate_up"),
         ({"8": {**PAIRS, "down": {**TILE, "block_n": 48}}}, "block_n = 48"),
         ({"author": "me"}, "'author' must be a number of tokens"),
     ],
@@ -91,11 +91,13 @@ def test_fields_that_are_wrong(read, config, named):
         read(config)
 
 
-def test_the_nearest_number_of_tokens_is_taken(tiles, read, monkeypatch):
-    tuned = read({"8": {**PAIRS, "down_splits": 4}, "64": SORTED})
-    monkeypatch.setattr(tiles, "_tuned", lambda experts, size: tuned)
+def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
+    tuned = read({"8": PAIRS, "64": {**SORTED, "down_splits": 4}})
+    monkeypatch.setattr(tile_choice, "tuned_tiles", lambda experts, size: tuned)
+    tile_choice.tiles_for.cache_clear()
     shard = block_shard(1536, 128, 1, 8)
-    chosen = [tiles.tiles_for(n, 8, 128, 256, shard) for n in (1, 35, 37, 4096)]
-    assert [tiles.sort for tiles in chosen] == [False, False, True, True]
+    chosen = [tile_choice.tiles_for(n, 8, 128, 256, shard) for n in (1, 35, 37, 4096)]
+    tile_choice.tiles_for.cache_clear()
+    assert [type(tiles) for tiles in chosen] == 2 * [PairTiles] + 2 * [SortedTiles]
     # 256 is two blocks: they cannot be split in four.
-    assert chosen[0].down_splits == 2
+    assert chosen[2].down_splits == 2

@@ -14,9 +14,9 @@ from vllm.triton_utils import tl, triton
 from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from ..slices.window import Window
 from .dependent_launch import dependent_launch, launches_dependently
-from .masked_kernels import EPS, FP8_MAX
-from .window import Window
+from .fp8_quant import FP8, quantize_rows
 
 TOKENS_PER_PROGRAM = 16
 
@@ -148,7 +148,7 @@ def _padded_quant_fake(
     use_ue8m0: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, groups = x.shape[0], span // group
-    codes = x.new_empty((tokens, span), dtype=current_platform.fp8_dtype())
+    codes = x.new_empty((tokens, span), dtype=FP8)
     strides = (groups, 1)
     if column_major:
         strides = (1, (tokens + row_multiple - 1) // row_multiple * row_multiple)
@@ -191,16 +191,8 @@ def _padded_quant_kernel(
         mask=exists & real[None, :],
         other=0.0,
     ).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), EPS), FP8_MAX)
-    if USE_UE8M0:
-        scale = tl.exp2(tl.ceil(tl.log2(scale)))
-    inverse = tl.div_rn(1.0, scale)
-    codes = tl.clamp(x * inverse[:, None], -FP8_MAX, FP8_MAX)
-    tl.store(
-        codes_ptr + token[:, None] * span + column[None, :],
-        codes.to(codes_ptr.dtype.element_ty),
-        mask=exists,
-    )
+    codes, scale = quantize_rows(x, USE_UE8M0)
+    tl.store(codes_ptr + token[:, None] * span + column[None, :], codes, mask=exists)
     tl.store(
         scales_ptr + token * scales_token_stride + group * scales_group_stride,
         scale,

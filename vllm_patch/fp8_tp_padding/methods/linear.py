@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Block-FP8 linear layers for tensor-parallel sizes that cut a quant block."""
+"""Block-FP8 linear layers at tensor-parallel sizes that cut a quant block."""
 
 import torch
 
@@ -8,18 +8,17 @@ import vllm.envs as envs
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
+from ..kernels.columns import PaddedColumns, RealColumns
+from ..kernels.input_quant import PaddedQuantFP8, quantizing_kernel
+from ..loading.linear_loader import linear_loader, linear_tensors
+from ..loading.sliced_tensor import SlicedTensors
+from ..slices.linear_layout import LinearLayout, has_stock_loader, linear_layout
+from ..slices.window import Window
 from . import engagement
-from .columns import PaddedColumns, RealColumns
-from .input_quant import PaddedQuantFP8, quantizing_kernel
-from .linear_layout import LinearLayout, has_stock_loader, linear_layout
-from .linear_loader import LinearParameter, check_loaded, padded_linear_loader
-from .masked_linear import MaskedLinear, multiplies_real_rows
-from .window import Window
+from .store import Padded
 
 
-def padded_layout(
-    quant_config: Fp8Config, layer: torch.nn.Module
-) -> LinearLayout | None:
+def cut_layout(quant_config: Fp8Config, layer: torch.nn.Module) -> LinearLayout | None:
     """Return the layout of a layer that is cut inside a quant block, else None."""
     blocks = quant_config.weight_block_size
     if blocks is None or blocks[0] != blocks[1]:
@@ -30,16 +29,16 @@ def padded_layout(
     return None if envs.VLLM_FP8_TP_PADDING == "off" else layout
 
 
-def padded_linear_method(
+def cut_linear_method(
     quant_config: Fp8Config, layer: torch.nn.Module
-) -> "Fp8TpPaddedLinearMethod | None":
+) -> "CutFp8LinearMethod | None":
     """Return the method for a layer that is cut inside a quant block, else None."""
-    layout = padded_layout(quant_config, layer)
-    return None if layout is None else Fp8TpPaddedLinearMethod(quant_config, layout)
+    layout = cut_layout(quant_config, layer)
+    return None if layout is None else CutFp8LinearMethod(quant_config, layout)
 
 
 @register_weight_loader_v2_supported_method
-class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
+class CutFp8LinearMethod(Fp8LinearMethod):
     """``Fp8LinearMethod`` whose rank holds whole blocks of the checkpoint's grid.
 
     Column-parallel layers pad each logical shard's rows and hand out the real
@@ -48,17 +47,22 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
 
     Args:
         quant_config: A block-quantized FP8 config.
-        layout: The layer's slices, from ``padded_layout``.
+        layout: The layer's slices, from ``cut_layout``.
 
     """
 
     def __init__(self, quant_config: Fp8Config, layout: LinearLayout):
         super().__init__(quant_config)
         self.layout = layout
-        # To get_and_maybe_dequant_weights, with which MLA reads kv_b_proj, this says
-        # that the stored weight is not the logical one: it then goes through apply().
+        self._hide_stored_weight()
+
+    def _hide_stored_weight(self) -> None:
+        """Tell ``get_and_maybe_dequant_weights`` to read the weight through apply().
+
+        MLA reads kv_b_proj by it, and the stored weight is not the logical one. vLLM
+        has one signal for that: a layout of scales that only DeepGEMM reads.
+        """
         self.use_deep_gemm = True
-        self._loaded: set[tuple[str, int]] = set()
 
     def create_weights(
         self,
@@ -86,49 +90,29 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         rows = sum(output_partition_sizes)
         self._set_sizes(layer, input_size_per_partition, rows)
         self._real_columns = RealColumns(outputs)
-        self._choose_kernels(inputs)
-        totals = [output.total for output in self.layout.outputs]
-        block = self.weight_block_size[0]
-        self._parameters = [
-            LinearParameter("weight", "weight", outputs, inputs, totals, 1),
-            LinearParameter(
-                "weight_scale_inv",
-                "scale",
-                self.layout.output_blocks(),
-                self.layout.input_blocks(),
-                totals,
-                block,
-            ),
-        ]
-        for parameter in self._parameters:
-            param = getattr(layer, parameter.name)
-            param.weight_loader = padded_linear_loader(
-                layer, extra_weight_attrs["weight_loader"], parameter, self._loaded
+        self._choose_kernel(inputs)
+        sliced = linear_tensors(self.layout)
+        self._tensors = SlicedTensors(layer.prefix, sliced, experts=None)
+        stock_loader = extra_weight_attrs["weight_loader"]
+        for name in {tensor.parameter: None for tensor in sliced}:
+            getattr(layer, name).weight_loader = linear_loader(
+                layer, stock_loader, self._tensors, name, self.layout
             )
-
         self._record(layer)
 
-    def _choose_kernels(self, inputs: Window) -> None:
-        """Decide where inputs are padded, and whether few tokens take their own."""
-        self._pad = self._masked = None
+    def _choose_kernel(self, inputs: Window) -> None:
+        """Decide where inputs are padded: while they are quantized, or before."""
+        self._pad = None
         self._quantizing = quantizing_kernel(self.fp8_linear, inputs)
-        if self._quantizing is None:
-            self._pad = PaddedColumns(inputs) if self.layout.pads_input else None
-            return
-        quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
-        self._quantizing.quant_fp8 = quant_fp8
-        if self.layout.pads_input:
-            return
-        if multiplies_real_rows(self._real_columns.total, inputs.span):
-            out_dtype = self.fp8_linear.config.out_dtype
-            self._masked = MaskedLinear(self._real_columns, quant_fp8, out_dtype)
+        if self._quantizing is not None:
+            quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
+            self._quantizing.quant_fp8 = quant_fp8
+        elif self.layout.pads_input:
+            self._pad = PaddedColumns(inputs)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         engagement.report(layer.tp_rank)
-        try:
-            check_loaded(layer, self._parameters, self._loaded)
-        finally:
-            self._loaded.clear()
+        self._tensors.check_loaded(layer)
         if self.use_marlin:
             # Marlin takes its sizes from the layer, now and in each call.
             rows = sum(window.span for window in self.layout.output_windows())
@@ -149,10 +133,6 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
     ) -> torch.Tensor:
         if self.layout.pads_input:
             return self._product(layer, x, bias)
-        if self._masked is not None:
-            weights = layer.weight, layer.weight_scale_inv
-            if self._masked.takes(x, *weights):
-                return self._masked(x, *weights, bias)
         return self._real_columns(self._product(layer, x), bias)
 
     def _product(self, layer, x, bias=None) -> torch.Tensor:
@@ -174,8 +154,8 @@ class Fp8TpPaddedLinearMethod(Fp8LinearMethod):
         cut = [layout.input] if layout.pads_input else layout.outputs
         name = layer.prefix.rpartition(".")[2] or type(layer).__name__
         for dimension in {d: None for d in cut if d.is_cut}:
-            size = engagement.PaddedSize(
-                name, dimension.total, dimension.block, dimension.tp_size
+            size = engagement.CutSize(
+                name, dimension.total, dimension.block, dimension.tp_size, Padded()
             )
             shards = [d for d in cut if d == dimension]
             bytes_each = rows if layout.pads_input else columns

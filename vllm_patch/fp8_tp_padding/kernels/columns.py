@@ -13,8 +13,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
+from ..slices.window import Window
 from .dependent_launch import dependent_launch, launches_dependently
-from .window import Window
 
 TOKENS_PER_PROGRAM = 8
 MAX_COLUMNS_PER_PROGRAM = 512

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from vllm.logger import init_logger
 
-from .shard import block_shard
+from ..slices.shard import block_shard
+from .store import Compact, Store
 
 logger = init_logger("vllm.fp8_tp_padding")
 
 
 @dataclass(frozen=True)
-class PaddedSize:
-    """A dimension that was padded, and the ranks that share it.
+class CutSize:
+    """A dimension that tensor parallelism cuts inside quant blocks.
 
     Attributes:
         layer_kind: What the log line calls the layers.
         total: Elements of the unsharded dimension.
         block: Elements of one quant block.
         tp_size: Ranks that share it.
-        padded_because: Why weights are padded, where they need not always be; None
-            if they are stored as they are.
+        store: How the layers' weights are stored.
 
     """
 
@@ -30,7 +30,7 @@ class PaddedSize:
     total: int
     block: int
     tp_size: int
-    padded_because: str | None = ""
+    store: Store
 
     @property
     def size(self) -> int:
@@ -42,13 +42,25 @@ class PaddedSize:
         shards = [block_shard(self.total, self.block, r, self.tp_size) for r in ranks]
         return sorted({shard.span for shard in shards})
 
+    def describe(self, layers: int) -> str:
+        """Return the log line's part on ``layers`` layers of this size."""
+        return (
+            f"{layers} {self.layer_kind} layers, {self.total} / TP {self.tp_size} = "
+            f"{self.size} {self.store.describe(self.spans())}"
+        )
 
-_layers: Counter[PaddedSize] = Counter()
-_column_bytes: Counter[PaddedSize] = Counter()
+    @property
+    def added(self) -> int:
+        """Elements of padding on the rank that has the most."""
+        return 0 if self.store == Compact() else max(self.spans()) - self.size
 
 
-def record(size: PaddedSize, column_bytes: int) -> None:
-    """Note a padded layer whose weights take ``column_bytes`` per padded element."""
+_layers: Counter[CutSize] = Counter()
+_column_bytes: Counter[CutSize] = Counter()
+
+
+def record(size: CutSize, column_bytes: int) -> None:
+    """Note a cut layer whose weights take ``column_bytes`` per element of the size."""
     _layers[size] += 1
     _column_bytes[size] += column_bytes
 
@@ -60,8 +72,8 @@ def report(tp_rank: int) -> None:
     first one, so a call from there covers the model.
     """
     if _layers and tp_rank == 0:
-        parts = [_describe(size, count) for size, count in _layers.items()]
-        if added := sum(map(_added_bytes, _layers)):
+        parts = [size.describe(count) for size, count in _layers.items()]
+        if added := sum(size.added * each for size, each in _column_bytes.items()):
             parts.append(f"{added / 2**20:.1f} MiB of padding on the largest rank")
         logger.info(
             "FP8 layers cut inside quant blocks: %s. "
@@ -70,21 +82,3 @@ def report(tp_rank: int) -> None:
         )
     _layers.clear()
     _column_bytes.clear()
-
-
-def _describe(size: PaddedSize, count: int) -> str:
-    layers = (
-        f"{count} {size.layer_kind} layers, {size.total} / TP {size.tp_size} = "
-        f"{size.size}"
-    )
-    if size.padded_because is None:
-        return f"{layers} stored as they are, for masked Triton kernels"
-    spans = " or ".join(map(str, size.spans()))
-    reason = f" ({size.padded_because})" if size.padded_because else ""
-    return f"{layers} padded to {spans}{reason}"
-
-
-def _added_bytes(size: PaddedSize) -> int:
-    if size.padded_because is None:
-        return 0
-    return (max(size.spans()) - size.size) * _column_bytes[size]

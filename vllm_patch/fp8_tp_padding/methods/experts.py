@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Block-FP8 expert weights for tensor-parallel sizes that cut a quant block."""
+"""Block-FP8 experts at tensor-parallel sizes that cut a quant block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,22 +14,18 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 
+from ..loading.expert_loader import expert_loader, fit
+from ..loading.sliced_tensor import SlicedTensor, SlicedTensors
+from ..slices.shard import BlockShard, block_shard
+from ..slices.window import Window
 from . import engagement
-from .expert_loader import (
-    ExpertParameter,
-    LoadedTensor,
-    check_loaded,
-    padded_weight_loader,
-)
-from .expert_store import why_padded
-from .shard import BlockShard, block_shard
-from .window import Window
+from .store import Compact, store_for
 
 logger = init_logger("vllm.fp8_tp_padding")
 
 
-def needs_padding(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
-    """Whether ``layer``'s experts are cut inside a quant block and can be padded.
+def is_cut(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
+    """Whether experts are cut inside a quant block, and are not left to stock vLLM.
 
     Never true for per-tensor scales, for sizes that fall on block boundaries,
     under expert parallelism, or with ``VLLM_FP8_TP_PADDING=off``.
@@ -47,8 +43,8 @@ def needs_padding(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
     if obstacle is None:
         return True
     logger.warning_once(
-        "FP8 TP padding is off for experts of %d / TP %d = %d columns, which cut the "
-        "quant blocks %s; they are left to stock vLLM: %s.",
+        "Experts of %d / TP %d = %d columns cut the quant blocks %s and are left to "
+        "stock vLLM: %s.",
         moe.intermediate_size,
         moe.tp_size,
         size,
@@ -58,17 +54,17 @@ def needs_padding(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
     return False
 
 
-def padded_moe_method(
+def cut_experts_method(
     quant_config: Fp8Config, layer: RoutedExperts
-) -> "Fp8TpPaddedMoEMethod | None":
+) -> "CutFp8MoEMethod | None":
     """Return the method for experts that are cut inside a quant block, else None."""
-    if not needs_padding(quant_config, layer):
+    if not is_cut(quant_config, layer):
         return None
-    return Fp8TpPaddedMoEMethod(quant_config, layer)
+    return CutFp8MoEMethod(quant_config, layer)
 
 
 def _obstacle(moe: FusedMoEConfig, blocks: list[int]) -> str | None:
-    """Why this layer cannot be padded, or None."""
+    """Why this layer is left to stock vLLM, or None."""
     block_n, block_k = blocks
     if block_n != block_k:
         return "the blocks are not square"
@@ -90,7 +86,7 @@ def expert_shard(quant_config: Fp8Config, moe: FusedMoEConfig) -> BlockShard:
     return block_shard(moe.intermediate_size, block_n, moe.tp_rank, moe.tp_size)
 
 
-def set_partition_size(moe: FusedMoEConfig, size: int) -> None:
+def _set_partition_size(moe: FusedMoEConfig, size: int) -> None:
     """Make ``size`` the intermediate columns that vLLM sees on this rank.
 
     The "unpadded" size follows: backends that know it take the padding to be at
@@ -105,7 +101,7 @@ def padded_sizes(quant_config: Fp8Config, moe: FusedMoEConfig) -> Iterator[None]
     """Show the padded sizes while vLLM judges the layer, then restore them."""
     padded = moe.intermediate_size_per_partition
     unpadded = moe.intermediate_size_per_partition_unpadded
-    set_partition_size(moe, expert_shard(quant_config, moe).span)
+    _set_partition_size(moe, expert_shard(quant_config, moe).span)
     try:
         yield
     finally:
@@ -113,23 +109,27 @@ def padded_sizes(quant_config: Fp8Config, moe: FusedMoEConfig) -> Iterator[None]
         moe.intermediate_size_per_partition_unpadded = unpadded
 
 
-class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
+class CutFp8MoEMethod(Fp8MoEMethod):
     """``Fp8MoEMethod`` on the checkpoint's grid of quant blocks.
 
-    With masked kernels (``padded_because`` is None), weights are the rank's real
-    columns, and only scales come in whole blocks. Otherwise the rank holds whole
-    blocks of weights, too:
+    To vLLM, and so to the choice of kernel, the layer is one of ``span`` columns.
+    Where it chooses experts that take compact weights, the rank stores its real
+    columns, and only scales come in whole blocks. Otherwise weights come in whole
+    blocks, too:
 
     The rank's slice of gate, up and down keeps the offset inside a block that
     it has in the checkpoint, between zeros: gate and up are padded in rows
     (``w13 = [gate span | up span]``), down in columns. Each block keeps its
     scale, and zero weights add nothing to an output. (vLLM's CPU kernel reads
-    the FP8 code 0 as 2**-7, next to codes of up to 448: still nothing.) To
-    vLLM, and so to the choice of kernel, the layer is one of ``span`` columns.
+    the FP8 code 0 as 2**-7, next to codes of up to 448: still nothing.)
 
     Args:
         quant_config: A block-quantized FP8 config.
-        layer: The experts, for which ``needs_padding`` holds.
+        layer: The experts, for which ``is_cut`` holds.
+
+    Attributes:
+        block_shard: The rank's columns.
+        store: ``Compact()`` or ``Padded(because)``.
 
     Raises:
         ValueError: The layer interleaves gate and up rows.
@@ -147,17 +147,12 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
                 "or VLLM_FP8_TP_PADDING=off."
             )
         self.block_shard = expert_shard(quant_config, moe)
-        # Stays set: vLLM allocates, and later runs, what the config says.
-        set_partition_size(moe, self.block_shard.span)
+        # Both stay set: vLLM allocates, and later runs, what the config says, and
+        # experts that take compact weights know the layer by its slice.
+        _set_partition_size(moe, self.block_shard.span)
+        moe.fp8_tp_shard = self.block_shard
         super().__init__(quant_config, layer)
-        block = self.weight_block_size[0]
-        self.padded_because = why_padded(layer, self.experts_cls, block)
-        if self.padded_because is None:
-            from .masked_experts import MaskedTritonExperts
-
-            self.experts_cls = MaskedTritonExperts
-        self._parameters: list[ExpertParameter] = []
-        self._loaded: set[LoadedTensor] = set()
+        self.store = store_for(self.experts_cls, self.fp8_backend, moe)
 
     def create_weights(
         self,
@@ -176,61 +171,67 @@ class Fp8TpPaddedMoEMethod(Fp8MoEMethod):
             params_dtype,
             **extra_weight_attrs,
         )
-        self._parameters = self._expert_parameters(hidden_size)
+        sliced = self._sliced_tensors(hidden_size)
+        self._tensors = SlicedTensors(layer.layer_name, sliced, num_experts)
         stock_loader = extra_weight_attrs["weight_loader"]
-        for parameter in self._parameters:
-            param = getattr(layer, parameter.name)
-            parameter.fit(param)
-            param.weight_loader = padded_weight_loader(
-                layer, stock_loader, parameter, self._loaded
+        for name in {tensor.parameter: None for tensor in sliced}:
+            param = getattr(layer, name)
+            fit(param, self._tensors, name)
+            param.weight_loader = expert_loader(
+                layer, stock_loader, self._tensors, name
             )
         self._record(num_experts, hidden_size)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         engagement.report(self.moe.tp_rank)
-        try:
-            check_loaded(layer, self._parameters, self._loaded)
-        finally:
-            self._loaded.clear()
+        self._tensors.check_loaded(layer)
         super().process_weights_after_loading(layer)
 
-    def _expert_parameters(self, hidden_size: int) -> list[ExpertParameter]:
+    def _sliced_tensors(self, hidden_size: int) -> list[SlicedTensor]:
         total, block = self.moe.intermediate_size, self.weight_block_size[0]
         columns = Window.of_elements(self.block_shard, total)
-        if self.padded_because is None:
+        if self.store == Compact():
             columns = columns.without_padding()
         blocks = Window.of_blocks(self.block_shard, total, block)
-        gate_up = {"w1": 0, "w3": 1} if self.moe.is_act_and_mul else {"w1": 0}
-        down = {"w2": 0}
-        hidden, hidden_blocks = hidden_size, hidden_size // block
-        w13_scale = f"w13_{self.weight_scale_name}"
-        w2_scale = f"w2_{self.weight_scale_name}"
-        w13_blocks = blocks.total, hidden_blocks
-        w2_blocks = hidden_blocks, blocks.total
-        make = ExpertParameter
-        parameters = [
-            make("w13_weight", "weight", (total, hidden), 0, columns, gate_up),
-            make("w2_weight", "weight", (hidden, total), 1, columns, down),
-            make(w13_scale, "scale", w13_blocks, 0, blocks, gate_up),
-            make(w2_scale, "scale", w2_blocks, 1, blocks, down),
+        hidden = Window.whole(hidden_size)
+        tensors = [
+            *self._projections("weight", "weight", columns, hidden),
+            *self._projections(
+                self.weight_scale_name,
+                "scale",
+                blocks,
+                Window.whole(hidden_size // block),
+            ),
         ]
         if self.moe.has_bias:
             # Ranks are summed, so the bias of down counts on one of them.
-            mine = Window(hidden, 0, 0 if self.moe.tp_rank else hidden, 0, hidden)
-            parameters += [
-                make("w13_bias", "bias", (total,), 0, columns, gate_up),
-                make("w2_bias", "bias", (hidden,), 0, mine, down),
+            mine = hidden_size if self.moe.tp_rank == 0 else 0
+            down = Window(hidden_size, 0, mine, 0, hidden_size)
+            tensors += [
+                *self._gate_up("bias", "bias", (columns,)),
+                SlicedTensor("w2_bias", "w2", "bias", (down,)),
             ]
-        return parameters
+        return tensors
+
+    def _projections(
+        self, name: str, kind: str, columns: Window, hidden: Window
+    ) -> list[SlicedTensor]:
+        down = SlicedTensor(f"w2_{name}", "w2", kind, (hidden, columns))
+        return [*self._gate_up(name, kind, (columns, hidden)), down]
+
+    def _gate_up(
+        self, name: str, kind: str, windows: tuple[Window, ...]
+    ) -> list[SlicedTensor]:
+        shards = ["w1", "w3"] if self.moe.is_act_and_mul else ["w1"]
+        return [
+            SlicedTensor(f"w13_{name}", shard, kind, windows, index * windows[0].span)
+            for index, shard in enumerate(shards)
+        ]
 
     def _record(self, num_experts: int, hidden_size: int) -> None:
-        block = self.weight_block_size[0]
-        size = engagement.PaddedSize(
-            "MoE",
-            self.moe.intermediate_size,
-            block,
-            self.moe.tp_size,
-            self.padded_because,
+        moe, block = self.moe, self.weight_block_size[0]
+        size = engagement.CutSize(
+            "MoE", moe.intermediate_size, block, moe.tp_size, self.store
         )
-        projections = 3 if self.moe.is_act_and_mul else 2
+        projections = 3 if moe.is_act_and_mul else 2
         engagement.record(size, projections * num_experts * hidden_size)

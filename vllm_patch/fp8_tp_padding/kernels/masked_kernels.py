@@ -13,37 +13,17 @@ A *pair* is one (token, top-k slot): pair ``p`` belongs to token ``p // top_k``.
 
 from vllm.triton_utils import tl, triton
 
-BLOCK = tl.constexpr(128)
-HALF = tl.constexpr(64)
-FP8_MAX = tl.constexpr(448.0)
-# As in vLLM's quantization kernels: the smallest absolute maximum of a group.
-EPS = tl.constexpr(1e-10)
+from . import fp8_quant
+from .fp8_quant import codes_of, quantize_rows, scale_of
+
+BLOCK = tl.constexpr(fp8_quant.BLOCK)
+HALF = tl.constexpr(fp8_quant.BLOCK // 2)
 
 
 @triton.jit
-def _expert_of(
-    routed, expert_map_ptr, NUM_IDS: tl.constexpr, HAS_EXPERT_MAP: tl.constexpr
-):
-    """Local expert of a routed id; -1 for a remote expert or none at all."""
-    known = tl.where((routed >= 0) & (routed < NUM_IDS), routed, -1)
-    if HAS_EXPERT_MAP:
-        mapped = tl.load(expert_map_ptr + tl.maximum(known, 0)).to(tl.int32)
-        return tl.where(known >= 0, mapped, -1)
-    else:
-        return known
-
-
-@triton.jit
-def _to_fp8(x):
-    return tl.clamp(x, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
-
-
-@triton.jit
-def _quantize_group(x):
-    """Quantize rows of one group, ``[rows, group]``: FP8 codes and scales."""
-    absmax = tl.max(tl.abs(x), 1)
-    scale = tl.maximum(absmax, EPS) / FP8_MAX
-    return _to_fp8(x / scale[:, None]), scale
+def _expert_of(routed, EXPERTS: tl.constexpr):
+    """The expert that a routed id names; -1 if it names none."""
+    return tl.where((routed >= 0) & (routed < EXPERTS), routed, -1)
 
 
 @triton.jit
@@ -77,18 +57,51 @@ def _per_pair(values, SWAP: tl.constexpr):
         return values[:, None]
 
 
+@triton.jit
+def _count(
+    chunk,
+    topk_ids_ptr,
+    counts_ptr,
+    num_pairs,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Count each expert's pairs in one chunk."""
+    pair = chunk * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
+    known = (ids >= 0) & (ids < EXPERTS)
+    counts = tl.histogram(tl.where(known, ids, 0), BINS, mask=known)
+    tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def _quantize(
+    part, x_ptr, x_codes_ptr, x_scale_ptr, K: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Quantize GROUPS activation groups of a token."""
+    PER_TOKEN: tl.constexpr = K // BLOCK // GROUPS
+    token = (part // PER_TOKEN).to(tl.int64)
+    group = part % PER_TOKEN * GROUPS + tl.arange(0, GROUPS)
+    offset = token * K + group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + offset).to(tl.float32)
+    codes, scale = quantize_rows(x, USE_UE8M0=False)
+    tl.store(x_codes_ptr + offset, codes)
+    tl.store(x_scale_ptr + token * (K // BLOCK) + group, scale)
+
+
 @triton.jit(do_not_specialize=["num_pairs", "chunks"])
 def prepare_kernel(
     x_ptr,  # [num_tokens, K] bf16/fp16/fp32
     x_codes_ptr,  # [num_tokens, K] fp8, out
     x_scale_ptr,  # [num_tokens, K // 128] fp32, out
     topk_ids_ptr,  # [num_pairs] integers, -1 for padding tokens
-    counts_ptr,  # [chunks, BINS] int32, out
+    counts_ptr,  # [chunks, BINS] int32, out; None without CHUNK
     num_pairs,
     chunks,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
-    NUM_IDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -96,33 +109,24 @@ def prepare_kernel(
     """Quantize tokens, and count each expert's pairs, in one launch.
 
     Grid: ``chunks`` programs that count ``CHUNK`` pairs each, then ``num_tokens *
-    (K // 128 // GROUPS)`` programs of ``GROUPS`` activation groups each.
+    (K // 128 // GROUPS)`` programs of ``GROUPS`` activation groups each. A ``CHUNK``
+    of 0 counts nothing.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
-    if pid < chunks:
-        pair = pid * CHUNK + tl.arange(0, CHUNK)
-        ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
-        ids = ids.to(tl.int32)
-        known = (ids >= 0) & (ids < NUM_IDS)
-        counts = tl.histogram(tl.where(known, ids, 0), BINS, mask=known)
-        tl.store(counts_ptr + pid * BINS + tl.arange(0, BINS), counts)
+    if CHUNK == 0:
+        _quantize(pid, x_ptr, x_codes_ptr, x_scale_ptr, K, GROUPS)
+    elif pid < chunks:
+        _count(pid, topk_ids_ptr, counts_ptr, num_pairs, EXPERTS, BINS, CHUNK)
     else:
-        PER_TOKEN: tl.constexpr = K // BLOCK // GROUPS
-        token = ((pid - chunks) // PER_TOKEN).to(tl.int64)
-        group = (pid - chunks) % PER_TOKEN * GROUPS + tl.arange(0, GROUPS)
-        offset = token * K + group[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        codes, scale = _quantize_group(tl.load(x_ptr + offset).to(tl.float32))
-        tl.store(x_codes_ptr + offset, codes)
-        tl.store(x_scale_ptr + token * (K // BLOCK) + group, scale)
+        _quantize(pid - chunks, x_ptr, x_codes_ptr, x_scale_ptr, K, GROUPS)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "chunks"])
 def sort_kernel(
     topk_ids_ptr,
-    expert_map_ptr,  # [NUM_IDS] int32: local expert, -1 for a remote one; or unused
     counts_ptr,
     sorted_pairs_ptr,  # [max blocks * BLOCK_M] int32, out
     block_experts_ptr,  # [max blocks] int32, out
@@ -130,34 +134,30 @@ def sort_kernel(
     num_pairs,
     chunks,
     CHUNKS: tl.constexpr,
-    NUM_IDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Sort pairs by expert into whole blocks of ``BLOCK_M``.
 
-    Grid: ``chunks * NUM_IDS``. A program places one expert's pairs of one chunk; the
+    Grid: ``chunks * EXPERTS``. A program places one expert's pairs of one chunk; the
     expert's last block is filled up with ``num_pairs``. ``CHUNKS`` is ``chunks``
     rounded up to a power of two.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    routed = tl.program_id(0) % NUM_IDS
-    chunk = tl.program_id(0) // NUM_IDS
+    routed = tl.program_id(0) % EXPERTS
+    chunk = tl.program_id(0) // EXPERTS
     bins = tl.arange(0, BINS)
     all_chunks = tl.arange(0, CHUNKS)
     counts = tl.load(
         counts_ptr + all_chunks[:, None] * BINS + bins[None, :],
-        mask=(all_chunks < chunks)[:, None] & (bins < NUM_IDS)[None, :],
+        mask=(all_chunks < chunks)[:, None] & (bins < EXPERTS)[None, :],
         other=0,
     )
-    if HAS_EXPERT_MAP:
-        local = tl.load(expert_map_ptr + bins, mask=bins < NUM_IDS, other=-1)
-        counts = tl.where((local >= 0)[None, :], counts, 0)
     totals = tl.sum(counts, 0)
     blocks = (totals + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(bins < routed, blocks, 0))
@@ -166,9 +166,8 @@ def sort_kernel(
     if chunk == 0:
         if routed == 0:
             tl.store(num_blocks_ptr, tl.sum(blocks))
-        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
         for block in range(num_blocks):
-            tl.store(block_experts_ptr + first + block, expert)
+            tl.store(block_experts_ptr + first + block, routed)
         tail = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
         unused = (tail >= count) & (tail >= 0)
         tl.store(sorted_pairs_ptr + first * BLOCK_M + tail, num_pairs, mask=unused)
@@ -191,12 +190,10 @@ def _block_of_pairs(
     block_experts_ptr,
     num_blocks_ptr,
     topk_ids_ptr,
-    expert_map_ptr,
     num_pairs,
     BLOCK_M: tl.constexpr,
     SORTED: tl.constexpr,
-    NUM_IDS: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Pairs of a block and their expert, -1 if there is nothing to do.
 
@@ -214,7 +211,7 @@ def _block_of_pairs(
     else:
         pair = tl.where(row == 0, pid_m, num_pairs)
         routed = tl.load(topk_ids_ptr + pid_m).to(tl.int32)
-        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        expert = _expert_of(routed, EXPERTS)
     return pair, expert.to(tl.int64)
 
 
@@ -224,15 +221,13 @@ def gate_up_kernel(
     x_scale_ptr,  # [num_tokens, K // 128] fp32
     w_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
     w_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
-    h_ptr,  # [num_pairs, SIZE] out: bf16/fp16, or fp8 if QUANTIZE
-    h_scale_ptr,  # [num_pairs, NUM_BLOCKS] fp32 out, if QUANTIZE
+    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out
     sorted_pairs_ptr,
     block_experts_ptr,
     num_blocks_ptr,
     topk_ids_ptr,
-    expert_map_ptr,
     num_pairs,
-    NUM_IDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     SIZE: tl.constexpr,
@@ -244,15 +239,11 @@ def gate_up_kernel(
     SWAP: tl.constexpr,
     SORTED: tl.constexpr,
     UNROLL: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """``silu(x @ gate.T) * (x @ up.T)`` for one block of pairs and BLOCK_N columns.
 
-    Grid: ``blocks of pairs * tiles of the span that hold real columns``. With
-    ``QUANTIZE`` (``BLOCK_N == 128``) a tile is one activation group of the next
-    product, which is quantized here.
+    Grid: ``blocks of pairs * tiles of the span that hold real columns``.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
@@ -267,12 +258,10 @@ def gate_up_kernel(
         block_experts_ptr,
         num_blocks_ptr,
         topk_ids_ptr,
-        expert_map_ptr,
         num_pairs,
         BLOCK_M,
         SORTED,
-        NUM_IDS,
-        HAS_EXPERT_MAP,
+        EXPERTS,
     )
     if expert < 0:
         return
@@ -311,11 +300,6 @@ def gate_up_kernel(
     h = gate * tl.sigmoid(gate) * up
     where = pair.to(tl.int64)[:, None] * SIZE + column[None, :]
     mask = is_pair[:, None] & real[None, :]
-    if QUANTIZE:
-        h, scale = _quantize_group(h)
-        tl.store(
-            h_scale_ptr + pair.to(tl.int64) * NUM_BLOCKS + group, scale, mask=is_pair
-        )
     tl.store(h_ptr + where, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -336,13 +320,11 @@ def _load_half(
 @triton.jit
 def _load_h(
     h_ptr,
-    h_scale_ptr,
     pair,
     is_pair,
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
-    QUANTIZED: tl.constexpr,
 ):
     """Operands of down: codes of each real half block, scales of each block."""
     codes = ()
@@ -354,18 +336,13 @@ def _load_h(
         for half in tl.static_range(2 * block, 2 * block + 2):
             if (half + 1) * HALF > LEAD and half * HALF < LEAD + SIZE:
                 halves = halves + (_load_half(row_ptrs, is_pair, half, SIZE, LEAD),)
-        if QUANTIZED:
-            scale_ptrs = h_scale_ptr + pair * NUM_BLOCKS + block
-            scale = tl.load(scale_ptrs, mask=is_pair, other=0.0)
-            codes = codes + halves
-        else:
-            absmax = tl.full([pair.shape[0]], EPS, tl.float32)
-            for i in tl.static_range(len(halves)):
-                largest = tl.max(tl.abs(halves[i].to(tl.float32)), 1)
-                absmax = tl.maximum(absmax, largest)
-            scale = absmax / FP8_MAX
-            for i in tl.static_range(len(halves)):
-                codes = codes + (_to_fp8(halves[i].to(tl.float32) / scale[:, None]),)
+        absmax = tl.zeros([pair.shape[0]], tl.float32)
+        for i in tl.static_range(len(halves)):
+            largest = tl.max(tl.abs(halves[i].to(tl.float32)), 1)
+            absmax = tl.maximum(absmax, largest)
+        scale = scale_of(absmax, USE_UE8M0=False)
+        for i in tl.static_range(len(halves)):
+            codes = codes + (codes_of(halves[i].to(tl.float32), scale),)
         scales = scales + (scale,)
     return codes, scales
 
@@ -399,8 +376,7 @@ def _times_w2(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def down_kernel(
-    h_ptr,  # [num_pairs, SIZE] bf16/fp16, or fp8 if QUANTIZED
-    h_scale_ptr,  # [num_pairs, NUM_BLOCKS] fp32, if QUANTIZED
+    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32
     w_ptr,  # [experts, K, SIZE] fp8
     w_scale_ptr,  # [experts, K // 128, NUM_BLOCKS] fp32
     y_ptr,  # [num_pairs, K] bf16/fp16/fp32, out
@@ -419,7 +395,6 @@ def down_kernel(
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     MUL_WEIGHT: tl.constexpr,
-    QUANTIZED: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """``h @ down.T``, times the router's weight, for one block of sorted pairs.
@@ -437,20 +412,16 @@ def down_kernel(
         block_experts_ptr,
         num_blocks_ptr,
         None,
-        None,
         num_pairs,
         BLOCK_M,
         SORTED=True,
-        NUM_IDS=0,
-        HAS_EXPERT_MAP=False,
+        EXPERTS=0,
     )
     if expert < 0:
         return
 
     is_pair = pair < num_pairs
-    codes, scales = _load_h(
-        h_ptr, h_scale_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS, QUANTIZED
-    )
+    codes, scales = _load_h(h_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS)
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
@@ -479,14 +450,12 @@ def down_kernel(
 @triton.jit
 def down_and_sum_kernel(
     h_ptr,
-    h_scale_ptr,
     w_ptr,
     w_scale_ptr,
     out_ptr,  # [num_tokens, K] bf16/fp16/fp32, out
     topk_weights_ptr,
     topk_ids_ptr,
-    expert_map_ptr,
-    NUM_IDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
@@ -497,8 +466,6 @@ def down_and_sum_kernel(
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     MUL_WEIGHT: tl.constexpr,
-    QUANTIZED: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """One token's output: ``h @ down.T`` of its experts, weighted and summed.
@@ -516,10 +483,8 @@ def down_and_sum_kernel(
     slot = tl.arange(0, ROWS)
     pair = token * TOP_K + slot
     ids = tl.load(topk_ids_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
-    is_pair = _expert_of(ids, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP) >= 0
-    codes, scales = _load_h(
-        h_ptr, h_scale_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS, QUANTIZED
-    )
+    is_pair = _expert_of(ids, EXPERTS) >= 0
+    codes, scales = _load_h(h_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS)
     weight = tl.full([ROWS], 1.0, tl.float32)
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
@@ -527,7 +492,7 @@ def down_and_sum_kernel(
     out = _zeros(ROWS, BLOCK_N, SWAP)
     for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
         routed = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)
-        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        expert = _expert_of(routed, EXPERTS)
         real_row = tl.where(expert >= 0, row, K)
         expert = tl.maximum(expert, 0).to(tl.int64)
         y = _times_w2(
@@ -553,12 +518,10 @@ def sum_kernel(
     y_ptr,  # [num_tokens, TOP_K, K]
     out_ptr,  # [num_tokens, K], out
     topk_ids_ptr,
-    expert_map_ptr,
-    NUM_IDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_EXPERT_MAP: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Sum a token's slots that have an expert here, in fp32.
@@ -574,7 +537,7 @@ def sum_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for slot in tl.static_range(TOP_K):
         routed = tl.load(topk_ids_ptr + token * TOP_K + slot).to(tl.int32)
-        expert = _expert_of(routed, expert_map_ptr, NUM_IDS, HAS_EXPERT_MAP)
+        expert = _expert_of(routed, EXPERTS)
         y = tl.load(y_ptr + (token * TOP_K + slot) * K + column, mask=column < K)
         total += tl.where(expert >= 0, y.to(tl.float32), 0.0)
     tl.store(

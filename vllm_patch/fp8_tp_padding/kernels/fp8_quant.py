@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""FP8 constants, and the rounding rule of all kernels here.
+
+A group's scale is its largest absolute value over 448, and a value's code the value
+times the scale's reciprocal, each rounded once as IEEE says: what vLLM's own CUDA
+kernel (``per_token_group_quant_fp8``) writes, bit for bit.
+"""
+
+import torch
+
+from vllm.triton_utils import tl, triton
+
+FP8 = torch.float8_e4m3fn
+# Elements of a quant block in each dimension, and of an activation group.
+BLOCK = 128
+
+_FP8_MAX = tl.constexpr(448.0)
+# The smallest absolute maximum that a group is given.
+_EPS = tl.constexpr(1e-10)
+
+
+@triton.jit
+def scale_of(absmax, USE_UE8M0: tl.constexpr):
+    """Scales of groups with these absolute maxima; ``USE_UE8M0``: powers of two."""
+    scale = tl.div_rn(tl.maximum(absmax, _EPS), _FP8_MAX)
+    if USE_UE8M0:
+        scale = tl.exp2(tl.ceil(tl.log2(scale)))
+    return scale
+
+
+@triton.jit
+def codes_of(x, scale):
+    """FP8 codes of fp32 ``[rows, columns]``, whose rows have these scales."""
+    codes = x * tl.div_rn(1.0, scale)[:, None]
+    return tl.clamp(codes, -_FP8_MAX, _FP8_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
+def quantize_rows(x, USE_UE8M0: tl.constexpr):
+    """Quantize fp32 ``[rows, group]``: codes, and a scale for each row."""
+    scale = scale_of(tl.max(tl.abs(x), axis=1), USE_UE8M0)
+    return codes_of(x, scale), scale

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""vLLM's Triton experts on compact weights, as its choice of kernels knows them."""
+
+import torch
+
+import vllm.envs as envs
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import (
+    FusedMoEConfig,
+    FusedMoEQuantConfig,
+)
+from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    QuantKey,
+    kFp8Dynamic128Sym,
+    kFp8Static128BlockSym,
+)
+from vllm.platforms import current_platform
+
+from ..slices.shard import BlockShard, block_shard
+from .fp8_quant import BLOCK
+from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
+from .tile_choice import tiles_for
+
+# The kernels hold a rank's activations in registers.
+MAX_BLOCKS = 4
+
+
+class MaskedTritonExperts(TritonExperts):
+    """``TritonExperts`` whose weights hold only the rank's real columns.
+
+    The input is quantized in the launch that counts each expert's tokens, and the
+    intermediate in one of the two products, so neither is a pass of its own.
+
+    vLLM may choose them for layers whose config has an ``fp8_tp_shard``, which those
+    that are cut inside a quant block get (``methods/experts.py``), and only for them.
+    """
+
+    def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig):
+        super().__init__(moe_config, quant_config)
+        self.block_shard: BlockShard = moe_config.fp8_tp_shard
+
+    @staticmethod
+    def is_supported_config(
+        cls: type[mk.FusedMoEExperts],
+        moe_config: FusedMoEConfig,
+        weight_key: QuantKey | None,
+        activation_key: QuantKey | None,
+        activation_format: mk.FusedMoEActivationFormat,
+    ) -> tuple[bool, str | None]:
+        """Return whether they take a layer, or False and why not."""
+        if getattr(moe_config, "fp8_tp_shard", None) is None:
+            return False, "no quant block is cut"
+        keys = weight_key, activation_key
+        if keys != (kFp8Static128BlockSym, kFp8Dynamic128Sym):
+            return False, f"masked kernels take blocks of 128, not {weight_key}"
+        supported, reason = TritonExperts.is_supported_config(
+            cls, moe_config, weight_key, activation_key, activation_format
+        )
+        if supported:
+            reason = cls.why_padded(moe_config)
+        return reason is None, reason
+
+    @staticmethod
+    def why_padded(moe: FusedMoEConfig) -> str | None:
+        """Return why these experts do not take a cut layer, or None."""
+        if envs.VLLM_FP8_TP_PADDING == "padded":
+            return "VLLM_FP8_TP_PADDING=padded"
+        if not current_platform.is_cuda():
+            return "masked kernels are written for CUDA"
+        if moe.activation != MoEActivation.SILU or not moe.is_act_and_mul:
+            return f"masked kernels compute SiLU and gate, not {moe.activation.value}"
+        if moe.swiglu_limit is not None:
+            return "masked kernels do not clamp the activation"
+        if moe.has_bias:
+            return "masked kernels add no biases"
+        if envs.VLLM_BATCH_INVARIANT:
+            return "masked kernels depend on the batch size"
+        most = max(
+            block_shard(moe.intermediate_size, BLOCK, rank, moe.tp_size).num_blocks
+            for rank in range(moe.tp_size)
+        )
+        if most > MAX_BLOCKS:
+            return f"masked kernels take up to {MAX_BLOCKS} blocks a rank, not {most}"
+        return None
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        return True
+
+    def workspace_shapes(
+        self,
+        M: int,
+        N: int,
+        K: int,
+        topk: int,
+        global_num_experts: int,
+        local_num_experts: int,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        activation: MoEActivation,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        dtype = self.moe_config.in_dtype
+        plan = self._plan(M, topk, K, local_num_experts, dtype)
+        # vLLM keeps the output in the first workspace: nothing else may live there.
+        output = (M, K)
+        return output, (plan.workspace_bytes // dtype.itemsize,), output
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: mk.ExpertTokensMetadata | None,
+        apply_router_weight_on_input: bool,
+    ):
+        if getattr(self, "post_gemm2_hook", None) is not None:
+            raise NotImplementedError(
+                "post_gemm2_hook needs the output of each expert, which masked kernels "
+                "do not keep. Set VLLM_FP8_TP_PADDING=padded for this model."
+            )
+        assert expert_map is None, "Experts are not cut under expert parallelism"
+        assert hidden_states.is_contiguous(), "Hidden_states must be contiguous"
+        assert hidden_states.shape[-1] == w1.shape[2], "Hidden size mismatch"
+        num_tokens, hidden = hidden_states.shape
+        plan = self._plan(
+            num_tokens, topk_ids.shape[1], hidden, w1.shape[0], output.dtype
+        )
+        plan.run(
+            output,
+            hidden_states,
+            Weights(w1, w2, self.w1_scale, self.w2_scale),
+            Routing(
+                topk_weights.contiguous(),
+                topk_ids.contiguous(),
+                not apply_router_weight_on_input,
+            ),
+            workspace2,
+        )
+
+    def _plan(
+        self, tokens: int, top_k: int, hidden: int, experts: int, dtype: torch.dtype
+    ) -> PairPlan | SortedPlan:
+        shard = self.block_shard
+        tiles = tiles_for(tokens, top_k, experts, hidden, shard)
+        return plan_for(Problem(tokens, top_k, hidden, experts, shard, dtype), tiles)

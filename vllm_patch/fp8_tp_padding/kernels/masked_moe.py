@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Launches the masked kernels: routed experts on compact weights.
+
+``PairPlan`` runs few tokens and ``SortedPlan`` many. Both quantize the input, and
+multiply by gate and up; then the first has down sum a token's experts as it goes, and
+the second, which sorts pairs by expert beforehand, writes each pair's output and sums.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm.triton_utils import triton
+
+from ..slices.shard import BlockShard
+from .dependent_launch import dependent_launch
+from .fp8_quant import BLOCK, FP8
+from .masked_kernels import (
+    down_and_sum_kernel,
+    down_kernel,
+    gate_up_kernel,
+    prepare_kernel,
+    sort_kernel,
+    sum_kernel,
+)
+from .tiles import PairTiles, SortedTiles, Tiles
+from .workspace import Buffers, bytes_of, carve
+
+# Activation groups that one program quantizes, and output columns that one sums.
+QUANT_GROUPS = 8
+SUM_COLUMNS = 1024
+# Programs that count or place an expert's pairs.
+MAX_CHUNKS = 16
+# Rows of an operand of a matrix product: a pair that is not sorted comes alone.
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call.
+
+    Attributes:
+        num_tokens: Tokens.
+        top_k: Experts of a token.
+        hidden: Hidden size, a multiple of 128.
+        num_experts: Experts that ``topk_ids`` may name.
+        shard: The rank's intermediate columns.
+        dtype: Of the activations.
+
+    """
+
+    num_tokens: int
+    top_k: int
+    hidden: int
+    num_experts: int
+    shard: BlockShard
+    dtype: torch.dtype
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_tokens * self.top_k
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One rank's experts, compact.
+
+    Attributes:
+        w13: ``[experts, 2 * size, hidden]`` float8_e4m3fn, gate rows then up rows.
+        w2: ``[experts, hidden, size]`` float8_e4m3fn.
+        w13_scale: ``[experts, 2 * num_blocks, hidden / 128]`` float32.
+        w2_scale: ``[experts, hidden / 128, num_blocks]`` float32.
+
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor
+    w2_scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Experts of each token.
+
+    Attributes:
+        weights: ``[num_tokens, top_k]`` float32, contiguous.
+        ids: ``[num_tokens, top_k]`` integers, contiguous; slots that name no expert,
+            as those of padding tokens do, count nothing.
+        mul_weight: Whether to weight the experts' outputs.
+
+    """
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+    mul_weight: bool = True
+
+
+def plan_for(problem: Problem, tiles: Tiles) -> "PairPlan | SortedPlan":
+    """Return the plan that these tiles are for."""
+    plan = SortedPlan if isinstance(tiles, SortedTiles) else PairPlan
+    return plan(problem, tiles)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What both plans share.
+
+    Attributes:
+        problem: Sizes of the call.
+        tiles: Of the kernels.
+
+    """
+
+    problem: Problem
+    tiles: Tiles
+
+    def buffers(self) -> Buffers:
+        """Shape and dtype of each intermediate."""
+        problem = self.problem
+        groups = problem.hidden // BLOCK
+        return {
+            "x_codes": ((problem.num_tokens, problem.hidden), FP8),
+            "x_scale": ((problem.num_tokens, groups), torch.float32),
+            "h": ((problem.num_pairs, problem.shard.size), problem.dtype),
+        }
+
+    @property
+    def workspace_bytes(self) -> int:
+        return bytes_of(self.buffers())
+
+    def run(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        weights: Weights,
+        routing: Routing,
+        workspace: torch.Tensor,
+    ) -> None:
+        """Write this rank's part of the routed experts' output to ``out``.
+
+        Args:
+            out: ``[num_tokens, hidden]`` of the problem's dtype, apart from the
+                workspace.
+            x: ``[num_tokens, hidden]`` of that dtype, contiguous.
+            weights: The experts.
+            routing: Experts and weights of each token.
+            workspace: At least ``workspace_bytes`` bytes, in any state.
+
+        """
+        views = carve(workspace, self.buffers())
+        pointers = {f"{name}_ptr": view for name, view in views.items()}
+        self._launch(_Call(out, x, weights, routing, pointers))
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        return dependent_launch(self.tiles.pdl)
+
+    @property
+    def _geometry(self) -> dict[str, int]:
+        shard = self.problem.shard
+        return {
+            "K": self.problem.hidden,
+            "SIZE": shard.size,
+            "LEAD": shard.lead,
+            "NUM_BLOCKS": shard.num_blocks,
+        }
+
+    def _prepare(self, call: "_Call", chunks: int, **counting) -> None:
+        problem = self.problem
+        groups = problem.hidden // BLOCK
+        each = next(n for n in (QUANT_GROUPS, 4, 2, 1) if groups % n == 0)
+        prepare_kernel[(chunks + problem.num_tokens * (groups // each),)](
+            x_ptr=call.x,
+            topk_ids_ptr=call.routing.ids,
+            num_pairs=problem.num_pairs,
+            chunks=chunks,
+            K=problem.hidden,
+            GROUPS=each,
+            **counting,
+            **call.pointers_to("x_codes", "x_scale"),
+            **self._options,
+        )
+
+    def _gate_up(self, call: "_Call", blocks: int, block_m: int, **sorting) -> None:
+        problem, tile = self.problem, self.tiles.gate_up
+        gate_up_kernel[(blocks * tile.count(problem.shard),)](
+            w_ptr=call.weights.w13,
+            w_scale_ptr=call.weights.w13_scale,
+            topk_ids_ptr=call.routing.ids,
+            num_pairs=problem.num_pairs,
+            EXPERTS=problem.num_experts,
+            TOP_K=problem.top_k,
+            BLOCK_M=block_m,
+            UNROLL=tile.unroll,
+            **sorting,
+            **call.pointers_to("x_codes", "x_scale", "h"),
+            **tile.launch_options,
+            **self._geometry,
+            **self._options,
+        )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The tensors of one call; ``pointers`` are those of the workspace."""
+
+    out: torch.Tensor
+    x: torch.Tensor
+    weights: Weights
+    routing: Routing
+    pointers: dict[str, torch.Tensor]
+
+    def pointers_to(self, *names: str) -> dict[str, torch.Tensor]:
+        return {f"{name}_ptr": self.pointers[f"{name}_ptr"] for name in names}
+
+
+@dataclass(frozen=True)
+class PairPlan(_Plan):
+    """Each pair is a block: three launches."""
+
+    tiles: PairTiles
+
+    def _launch(self, call: _Call) -> None:
+        nothing = {"counts_ptr": None, "EXPERTS": 0, "BINS": 0, "CHUNK": 0}
+        self._prepare(call, chunks=0, **nothing)
+        self._gate_up(
+            call,
+            self.problem.num_pairs,
+            LEAST_ROWS,
+            SORTED=False,
+            sorted_pairs_ptr=None,
+            block_experts_ptr=None,
+            num_blocks_ptr=None,
+        )
+        self._down_and_sum(call)
+
+    def _down_and_sum(self, call: _Call) -> None:
+        problem, tile = self.problem, self.tiles.down
+        columns = triton.cdiv(problem.hidden, tile.block_n)
+        down_and_sum_kernel[(columns * problem.num_tokens,)](
+            w_ptr=call.weights.w2,
+            w_scale_ptr=call.weights.w2_scale,
+            out_ptr=call.out,
+            topk_weights_ptr=call.routing.weights,
+            topk_ids_ptr=call.routing.ids,
+            EXPERTS=problem.num_experts,
+            TOP_K=problem.top_k,
+            ROWS=max(LEAST_ROWS, triton.next_power_of_2(problem.top_k)),
+            MUL_WEIGHT=call.routing.mul_weight,
+            **call.pointers_to("h"),
+            **tile.launch_options,
+            **self._geometry,
+            **self._options,
+        )
+
+
+@dataclass(frozen=True)
+class SortedPlan(_Plan):
+    """Pairs are sorted by expert into blocks of ``block_m``: five launches."""
+
+    tiles: SortedTiles
+
+    def buffers(self) -> Buffers:
+        problem, blocks = self.problem, self.blocks
+        return {
+            **super().buffers(),
+            "counts": ((self.chunks, self.bins), torch.int32),
+            "sorted_pairs": ((blocks * self.tiles.block_m,), torch.int32),
+            "block_experts": ((blocks,), torch.int32),
+            "num_blocks": ((1,), torch.int32),
+            "y": ((problem.num_pairs, problem.hidden), problem.dtype),
+        }
+
+    @property
+    def blocks(self) -> int:
+        """Most blocks of pairs: each expert may leave one unfilled."""
+        pairs = self.problem.num_pairs
+        unfilled = min(self.problem.num_experts, pairs)
+        return min(pairs, pairs // self.tiles.block_m + unfilled)
+
+    @property
+    def bins(self) -> int:
+        return max(32, triton.next_power_of_2(self.problem.num_experts))
+
+    @property
+    def chunk(self) -> int:
+        """Pairs that one program counts or places."""
+        pairs = self.problem.num_pairs
+        least = 1024 if pairs <= 2048 else 4096
+        return max(least, triton.next_power_of_2(triton.cdiv(pairs, MAX_CHUNKS)))
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.problem.num_pairs, self.chunk)
+
+    @property
+    def _counting(self) -> dict[str, int]:
+        return {
+            "EXPERTS": self.problem.num_experts,
+            "BINS": self.bins,
+            "CHUNK": self.chunk,
+            "num_warps": min(32, max(4, self.chunk // 1024)),
+        }
+
+    def _launch(self, call: _Call) -> None:
+        counts = call.pointers_to("counts")
+        places = call.pointers_to("sorted_pairs", "block_experts", "num_blocks")
+        self._prepare(call, self.chunks, **counts, **self._counting)
+        self._sort(call, {**counts, **places})
+        self._gate_up(call, self.blocks, self.tiles.block_m, SORTED=True, **places)
+        self._down(call, places)
+        self._sum(call)
+
+    def _sort(self, call: _Call, pointers: dict[str, torch.Tensor]) -> None:
+        sort_kernel[(self.chunks * self.problem.num_experts,)](
+            topk_ids_ptr=call.routing.ids,
+            num_pairs=self.problem.num_pairs,
+            chunks=self.chunks,
+            # Two variants of the kernel, so that none compiles in the middle of things.
+            CHUNKS=1 if self.chunks == 1 else MAX_CHUNKS,
+            BLOCK_M=self.tiles.block_m,
+            **pointers,
+            **self._counting,
+            **self._options,
+        )
+
+    def _down(self, call: _Call, places: dict[str, torch.Tensor]) -> None:
+        tiles = self.tiles
+        down_kernel[(self.blocks * tiles.down_splits,)](
+            w_ptr=call.weights.w2,
+            w_scale_ptr=call.weights.w2_scale,
+            topk_weights_ptr=call.routing.weights,
+            num_pairs=self.problem.num_pairs,
+            BLOCK_M=tiles.block_m,
+            SPLITS=tiles.down_splits,
+            MUL_WEIGHT=call.routing.mul_weight,
+            **places,
+            **call.pointers_to("h", "y"),
+            **tiles.down.launch_options,
+            **self._geometry,
+            **self._options,
+        )
+
+    def _sum(self, call: _Call) -> None:
+        problem = self.problem
+        columns = triton.cdiv(problem.hidden, SUM_COLUMNS)
+        sum_kernel[(problem.num_tokens * columns,)](
+            out_ptr=call.out,
+            topk_ids_ptr=call.routing.ids,
+            EXPERTS=problem.num_experts,
+            TOP_K=problem.top_k,
+            K=problem.hidden,
+            BLOCK_N=SUM_COLUMNS,
+            **call.pointers_to("y"),
+            **self._options,
+        )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Chooses tile sizes for a call of the masked kernels."""
+
+import functools
+
+from vllm.platforms import current_platform
+
+from ..slices.shard import BlockShard
+from .tiles import PairTiles, SortedTiles, Tile, Tiles
+from .tuned_tiles import tuned_tiles
+
+
+# Each call of a layer asks several times, and layers of a model ask the same.
+@functools.lru_cache
+def tiles_for(
+    num_tokens: int, top_k: int, num_experts: int, hidden: int, shard: BlockShard
+) -> Tiles:
+    """Return tuned tiles for the nearest number of tokens, else the rule's.
+
+    Args:
+        num_tokens: Tokens of the call.
+        top_k: Experts of a token.
+        num_experts: Experts of the rank.
+        hidden: Hidden size.
+        shard: The rank's columns.
+
+    """
+    tuned = tuned_tiles(num_experts, shard.size)
+    if tuned:
+        nearest = min(tuned, key=lambda tokens: abs(tokens - num_tokens))
+        return tuned[nearest].fit(hidden)
+    hopper = current_platform.is_device_capability(90)
+    return rule(num_tokens * top_k / num_experts, hopper).fit(hidden)
+
+
+def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
+    """Return tiles by how many pairs an expert gets.
+
+    Below one, experts are read about once without sorting. Further up a block
+    should hold an expert's pairs, so that its weights are read once.
+    """
+    if pairs_per_expert < 0.125:
+        tile = Tile(32, 4, 3, unroll=4) if hopper else Tile(32, 4, 3)
+        return PairTiles(tile, _narrow(hopper, 5), pdl=hopper)
+    if pairs_per_expert < 1:
+        return PairTiles(_narrow(hopper, 4), _narrow(hopper, 4))
+    if pairs_per_expert < 8:
+        return SortedTiles(16, _narrow(hopper, 4), _narrow(hopper, 3), 4)
+    if pairs_per_expert < 32:
+        return SortedTiles(32, _narrow(hopper, 3), _narrow(hopper, 3), 4)
+    return SortedTiles(64, Tile(64, 4, 4 if hopper else 2), Tile(64, 4, 3), 2)
+
+
+def _narrow(hopper: bool, num_stages: int) -> Tile:
+    """For blocks of few pairs.
+
+    Stages are fewer off Hopper: sm_89 and sm_120 have 99 KiB of shared memory.
+    """
+    if hopper:
+        return Tile(64, 4, num_stages, swap=True)
+    return Tile(32, 4, min(num_stages, 3))

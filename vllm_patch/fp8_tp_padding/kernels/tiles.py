@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Tile sizes of the masked kernels: one plan for few tokens, one for many."""
+
+import math
+from dataclasses import dataclass, replace
+
+from ..slices.shard import BlockShard
+from .fp8_quant import BLOCK
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its output.
+
+    Attributes:
+        block_n: Output columns of a tile; divides the quant block of 128.
+        num_warps: Warps of a program.
+        num_stages: Loads in flight.
+        swap: Weights as the first operand of the matrix product.
+        unroll: Quant blocks along K of one loop iteration, in gate and up.
+
+    """
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    unroll: int = 1
+
+    def __post_init__(self):
+        if self.block_n < 16 or BLOCK % self.block_n:
+            raise ValueError(
+                f"block_n = {self.block_n}: a tile must be 16, 32, 64 or 128 columns, "
+                "so that it lies in one quant block."
+            )
+        check_power_of_two("num_warps", self.num_warps, least=1)
+        check_positive("num_stages", self.num_stages)
+        check_positive("unroll", self.unroll)
+        check_bool("swap", self.swap)
+
+    def count(self, shard: BlockShard) -> int:
+        """Tiles of the shard's span that hold real columns."""
+        end = -(-(shard.lead + shard.size) // self.block_n)
+        return end - shard.lead // self.block_n
+
+    def fit(self, hidden: int) -> "Tile":
+        """Make the unrolled steps along ``hidden`` even."""
+        return replace(self, unroll=math.gcd(hidden // BLOCK, self.unroll))
+
+    @property
+    def launch_options(self) -> dict[str, int | bool]:
+        return {
+            "BLOCK_N": self.block_n,
+            "NUM_STAGES": self.num_stages,
+            "SWAP": self.swap,
+            "num_warps": self.num_warps,
+        }
+
+
+@dataclass(frozen=True)
+class PairTiles:
+    """For few tokens: each pair is a block, and down sums a token's experts.
+
+    Attributes:
+        gate_up: Tile of gate and up.
+        down: Tile of down.
+        pdl: Let each kernel start while the one before it ends (Hopper). Pays
+            while a kernel does not fill the GPU.
+
+    """
+
+    gate_up: Tile
+    down: Tile
+    pdl: bool = False
+
+    def __post_init__(self):
+        check_bool("pdl", self.pdl)
+
+    def fit(self, hidden: int) -> "PairTiles":
+        """Make the splits along ``hidden`` even."""
+        return replace(self, gate_up=self.gate_up.fit(hidden))
+
+
+@dataclass(frozen=True)
+class SortedTiles:
+    """For many tokens: pairs are sorted by expert into blocks.
+
+    Attributes:
+        block_m: Pairs of a block.
+        gate_up: Tile of gate and up.
+        down: Tile of down.
+        down_splits: Programs that share a block's output columns.
+        pdl: As of ``PairTiles``.
+
+    """
+
+    block_m: int
+    gate_up: Tile
+    down: Tile
+    down_splits: int = 1
+    pdl: bool = False
+
+    def __post_init__(self):
+        check_power_of_two("block_m", self.block_m, least=16)
+        check_positive("down_splits", self.down_splits)
+        check_bool("pdl", self.pdl)
+
+    def fit(self, hidden: int) -> "SortedTiles":
+        """Make the splits along ``hidden`` even."""
+        splits = math.gcd(hidden // BLOCK, self.down_splits)
+        return replace(self, gate_up=self.gate_up.fit(hidden), down_splits=splits)
+
+
+Tiles = PairTiles | SortedTiles
+
+
+def check_positive(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} = {value!r} is not a positive integer.")
+
+
+def check_power_of_two(name: str, value: int, least: int) -> None:
+    check_positive(name, value)
+    if value < least or value & (value - 1):
+        raise ValueError(f"{name} = {value} is not a power of two from {least} on.")
+
+
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r} is not a bool.")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""Loads linear layers: what vLLM calls, on top of ``SlicedTensors``."""
+
+import functools
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from types import MethodType
+
+import torch
+
+from ..slices.linear_layout import LinearLayout
+from .sliced_tensor import SlicedTensor, SlicedTensors
+
+QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
+
+
+def linear_tensors(layout: LinearLayout) -> list[SlicedTensor]:
+    """Return weight and scale of each logical shard, one after the other."""
+    weights = layout.output_windows(), layout.input_window()
+    scales = layout.output_blocks(), layout.input_blocks()
+    tensors = []
+    for name, kind, (outputs, inputs) in (
+        ("weight", "weight", weights),
+        ("weight_scale_inv", "scale", scales),
+    ):
+        offsets = accumulate((window.span for window in outputs), initial=0)
+        tensors += [
+            SlicedTensor(name, index, kind, (window, inputs), offset)
+            for index, (window, offset) in enumerate(
+                zip(outputs, offsets, strict=False)
+            )
+        ]
+    return tensors
+
+
+def linear_loader(
+    layer: torch.nn.Module,
+    stock_loader: MethodType,
+    tensors: SlicedTensors,
+    name: str,
+    layout: LinearLayout,
+) -> MethodType:
+    """Return ``stock_loader``'s replacement for one parameter of sliced tensors.
+
+    Args:
+        layer: The linear layer that owns the parameter.
+        stock_loader: The layer's loader; its signature is kept.
+        tensors: The layer's, from ``linear_tensors``.
+        name: Name of the parameter.
+        layout: The layer's slices.
+
+    """
+    slots = tensors.of(name)
+
+    @functools.wraps(stock_loader.__func__)
+    def weight_loader(layer, param, loaded_weight, loaded_shard_id=None):
+        if isinstance(loaded_shard_id, (int, str)):
+            indices = [QKV_SHARDS.get(loaded_shard_id, loaded_shard_id)]
+        elif loaded_shard_id is None:
+            indices = list(slots)
+        else:
+            indices = list(loaded_shard_id)
+        values = [loaded_weight]
+        if len(indices) > 1:
+            block = layout.outputs[0].block
+            unit = block if slots[indices[0]].kind == "scale" else 1
+            totals = {i: layout.outputs[i].total for i in indices}
+            try:
+                values = list(_split(loaded_weight, totals, unit))
+            except ValueError as error:
+                tensors.refuse(f"{name} {error}")
+        for index, value in zip(indices, values, strict=True):
+            tensors.load(slots[index], param, value, name)
+
+    return MethodType(weight_loader, layer)
+
+
+def _split(
+    fused: torch.Tensor, totals: dict[int, int], unit: int
+) -> Iterator[torch.Tensor]:
+    """Cut a tensor that is fused on disk into its logical shards.
+
+    Args:
+        fused: ``[rows, ...]``.
+        totals: Logical shard -> output elements, in the tensor's order.
+        unit: Elements that one row stands for: 1, or a quant block.
+
+    Raises:
+        ValueError: It has other rows, or shards share a block of scales.
+
+    """
+    places = list(pairwise(accumulate(totals.values(), initial=0)))
+    expected = -(-places[-1][1] // unit)
+    if fused.shape[:1] != (expected,):
+        raise ValueError(
+            f"is fused on disk and has shape {tuple(fused.shape)}, but logical shards "
+            f"{list(totals)} need {expected} rows. Use a checkpoint with separate "
+            "tensors, or one that was quantized after they were fused."
+        )
+    for index, (start, end) in zip(totals, places, strict=True):
+        # A shard inside one block has that block's scale.
+        if start % unit and start // unit != (end - 1) // unit:
+            raise ValueError(
+                f"is fused on disk, and logical shard {index} starts at row {start}, "
+                f"inside a quant block of {unit}: its scales cannot be told apart. Use "
+                "a checkpoint with separate tensors."
+            )
+        yield fused[start // unit : -(-end // unit)]

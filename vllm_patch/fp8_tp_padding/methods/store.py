@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM project
+"""How the weights of a cut layer are stored, and why."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
+
+
+@dataclass(frozen=True)
+class Compact:
+    """The rank's real columns only, between which and the padding kernels tell."""
+
+    def describe(self, spans: list[int]) -> str:
+        """Return what the log line says of it."""
+        return "stored compact, for masked Triton kernels"
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Whole blocks: the rank's columns between zeros.
+
+    Attributes:
+        because: What keeps them from being compact, where they could be.
+
+    """
+
+    because: str = ""
+
+    def describe(self, spans: list[int]) -> str:
+        """Return what the log line says of it; ``spans`` are the ranks' sizes."""
+        reason = f" ({self.because})" if self.because else ""
+        return f"padded to {' or '.join(map(str, spans))}{reason}"
+
+
+Store = Compact | Padded
+
+
+class TakesCompact(Protocol):
+    """Experts that vLLM may choose and that take compact weights."""
+
+    @staticmethod
+    def why_padded(moe: FusedMoEConfig) -> str | None:
+        """Return why these experts do not take a cut layer, or None."""
+
+
+def store_for(
+    experts_cls: type | None, backend: oracle.Fp8MoeBackend, moe: FusedMoEConfig
+) -> Store:
+    """Return how experts are stored for the kernels that vLLM chose.
+
+    Args:
+        experts_cls: What it chose.
+        backend: What that belongs to. Another class of it, which vLLM did not
+            choose, may know why.
+        moe: The layer's config.
+
+    """
+    if hasattr(experts_cls, "why_padded"):
+        return Compact()
+    kernels = oracle.backend_to_kernel_cls(backend) if experts_cls else []
+    reasons = [k.why_padded(moe) for k in kernels if hasattr(k, "why_padded")]
+    name = getattr(experts_cls, "__name__", None)
+    return Padded(next(iter(reasons), None) or f"{name} takes whole blocks")
