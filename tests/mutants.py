@@ -158,8 +158,8 @@ MUTANTS = (
     Mutant(
         "loading: logical shards lie in another order",
         "loading/linear_loader.py",
-        "enumerate(zip(outputs, offsets, strict=False))\n",
-        "enumerate([*zip(outputs, offsets, strict=False)][::-1])\n",
+        "SlicedTensor(name, index, kind",
+        "SlicedTensor(name, len(outputs) - 1 - index, kind",
     ),
     Mutant(
         "quantizing: scales are a bit too small",

@@ -24,13 +24,11 @@ def linear_tensors(layout: LinearLayout) -> list[SlicedTensor]:
         ("weight", "weight", weights),
         ("weight_scale_inv", "scale", scales),
     ):
-        offsets = accumulate((window.span for window in outputs), initial=0)
-        tensors += [
-            SlicedTensor(name, index, kind, (window, inputs), offset)
-            for index, (window, offset) in enumerate(
-                zip(outputs, offsets, strict=False)
-            )
-        ]
+        offset = 0
+        for index, window in enumerate(outputs):
+            windows = window, inputs
+            tensors.append(SlicedTensor(name, index, kind, windows, offset))
+            offset += window.span
     return tensors
 
 
