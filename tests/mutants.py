@@ -152,8 +152,8 @@ MUTANTS = (
     Mutant(
         "loading: gate and up are swapped",
         "methods/experts.py",
-        "index * windows[0].span)\n            for index, shard in enumerate(shards)",
-        "index * windows[0].span)\n            for index, shard in enumerate(shards[::-1])",
+        'shards = ["w1", "w3"] if',
+        'shards = ["w3", "w1"] if',
     ),
     Mutant(
         "loading: logical shards lie in another order",
