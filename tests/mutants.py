@@ -101,6 +101,18 @@ MUTANTS = (
         "token = ((pair + 1) // TOP_K)",
     ),
     Mutant(
+        "experts: gate's scale has the bits of a bfloat16",
+        "kernels/masked_kernels.py",
+        "tl.load(gate_scale_ptr + block)",
+        "tl.load(gate_scale_ptr + block).to(tl.bfloat16).to(tl.float32)",
+    ),
+    Mutant(
+        "experts: down sums in bfloat16",
+        "kernels/masked_kernels.py",
+        "out += partial * _per_pair(scale, SWAP)",
+        "out += (partial * _per_pair(scale, SWAP)).to(tl.bfloat16).to(tl.float32)",
+    ),
+    Mutant(
         "linear: a column too few is quantized",
         "kernels/input_quant.py",
         "(column < lead + size)",
@@ -162,10 +174,10 @@ MUTANTS = (
         "SlicedTensor(name, len(outputs) - 1 - index, kind",
     ),
     Mutant(
-        "quantizing: scales are a bit too small",
+        "quantizing: scales are a bit too large",
         "kernels/fp8_quant.py",
-        "tl.constexpr(448.0)",
-        "tl.constexpr(480.0)",
+        "tl.maximum(absmax, _EPS), _FP8_MAX",
+        "tl.maximum(absmax, _EPS), _FP8_MAX - 8",
     ),
 )
 

@@ -60,3 +60,34 @@ def activations(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
     group = torch.arange(columns) // BLOCK
     odd = (torch.arange(tokens)[:, None] + group) % 2
     return x * UNIT * (1 + odd)
+
+
+class AnyScale:
+    """Numbers whose sums are exact within a quant block, and whose scales are not.
+
+    Weights are whole numbers times a power of two for each row, and reach from
+    subnormal codes to 448. Scales and activations have all the bits of a float32.
+    """
+
+    @staticmethod
+    def weights(*shape: int, generator: torch.Generator) -> torch.Tensor:
+        """Return float8_e4m3fn codes, of another size in each row."""
+        codes = torch.randint(-14, 15, shape, generator=generator).float()
+        exponents = torch.randint(-9, 6, (*shape[:-1], 1), generator=generator)
+        return (codes * torch.exp2(exponents.float())).to(FP8)
+
+    @staticmethod
+    def scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
+        """Return float32 scales of ``[..., rows, columns]``, as ``exact.scales``."""
+        powers = scales(*shape, generator=generator)
+        return powers * (1 + torch.rand(powers.shape, generator=generator))
+
+    @staticmethod
+    def activations(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+        """Return float32 ``[tokens, columns]``; their codes are whole numbers."""
+        generator = torch.Generator().manual_seed(seed)
+        groups = tokens, -(-columns // BLOCK)
+        scale = 1 + torch.rand(groups, generator=generator)
+        x = activations(tokens, columns, seed)
+        # The largest rows' products are SiLU's bend, and not far beyond it.
+        return x * 2.0**-9 * scale.repeat_interleave(BLOCK, -1)[:, :columns]

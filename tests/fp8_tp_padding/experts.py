@@ -43,14 +43,23 @@ class Checkpoint:
         return cls(weights, scales)
 
     @classmethod
-    def exact(cls, total: int, experts: int, hidden: int):
-        """Return gated experts whose sums are exact in float32."""
+    def exact(cls, total: int, experts: int, hidden: int, numbers=exact):
+        """Return gated experts whose sums are exact in float32.
+
+        Args:
+            total: Intermediate size of one expert.
+            experts: Number of experts.
+            hidden: Hidden size.
+            numbers: What draws them: ``exact``, or ``exact.AnyScale``, whose sums are
+                exact within a quant block only.
+
+        """
         generator = torch.Generator().manual_seed(0)
         shapes = {"w1": (total, hidden), "w3": (total, hidden), "w2": (hidden, total)}
         pairs = {
             shard: (
-                exact.weights(experts, *shape, generator=generator),
-                exact.scales(experts, *shape, generator=generator),
+                numbers.weights(experts, *shape, generator=generator),
+                numbers.scales(experts, *shape, generator=generator),
             )
             for shard, shape in shapes.items()
         }
@@ -59,8 +68,8 @@ class Checkpoint:
         )
         return cls(weights, scales)
 
-    def dequantized(self, shard: str) -> torch.Tensor:
-        return dequantize(self.weights[shard], self.scales[shard])
+    def dequantized(self, shard: str, dtype=torch.float32) -> torch.Tensor:
+        return dequantize(self.weights[shard], self.scales[shard], dtype)
 
 
 def random_scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -75,11 +84,13 @@ def random_scales(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return 0.005 * step * jitter
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return float32 ``weight * scale``, one scale for each 128x128 block."""
+def dequantize(
+    weight: torch.Tensor, scale: torch.Tensor, dtype=torch.float32
+) -> torch.Tensor:
+    """Return ``weight * scale``, one scale for each 128x128 block."""
     rows, columns = weight.shape[-2:]
-    full = scale.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
-    return weight.float() * full[..., :rows, :columns]
+    full = scale.to(dtype).repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    return weight.to(dtype) * full[..., :rows, :columns]
 
 
 def vllm_version() -> tuple[int, int]:

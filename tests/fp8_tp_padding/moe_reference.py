@@ -11,26 +11,44 @@ from .experts import BLOCK, Checkpoint
 
 # float32 rounds by this, relative to the value.
 ROUNDING = 2.0**-24
-# Gate and up are exact; SiLU, whose exponential each library rounds in its own way,
-# and the scale of the group add about 20 roundings to an intermediate value. Where
-# that makes another code of it, either is right.
+# SiLU, whose exponential each library rounds in its own way, and the scale of the
+# group add about 20 roundings to an intermediate value. Where that makes another code
+# of it, either is right.
 TIE = 32 * ROUNDING
+# Gate and up sum whole numbers within a group, exactly; what a group's sum is
+# multiplied by, and the sum over groups, round this much of the groups' sizes.
+GROUPS = 8 * ROUNDING
 # A result sums codes times weights in groups of up to 128, then fewer than 64 groups,
 # each multiplied by such a scale and a router's weight: in any order, that rounds by
 # no more than this times the sum of the terms' sizes.
 SUM = 256 * ROUNDING
 
 
+def scale_of(x: torch.Tensor) -> torch.Tensor:
+    """Return the scale of an activation group; by a tensor, so that it is divided."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-10)
+    return largest / torch.full_like(largest, FP8_MAX)
+
+
 def fake_quantize(x: torch.Tensor) -> torch.Tensor:
     """Round one activation group to FP8 and back, as vLLM does before a GEMM."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / FP8_MAX
-    return (x / scale).to(FP8).float() * scale
+    scale = scale_of(x)
+    return (x * scale.reciprocal()).to(FP8).to(x.dtype) * scale
 
 
-def open_codes(x: torch.Tensor) -> torch.Tensor:
-    """Return how far apart the codes are that a group's values may round to."""
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / FP8_MAX
-    low, high = ((x / scale * (1 + e)).to(FP8).float() for e in (-TIE, TIE))
+def open_codes(x: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """Return how far apart the codes are that a group's values may round to.
+
+    Args:
+        x: The values.
+        error: How far off each may be.
+
+    """
+    scale = scale_of(x)
+    largest = x.abs().argmax(-1, keepdim=True)
+    of_scale = error.gather(-1, largest) / x.abs().gather(-1, largest).clamp_min(1e-10)
+    error = error + x.abs() * (TIE + of_scale)
+    low, high = (((x + e) / scale).to(FP8).double() for e in (-error, error))
     return (high - low).abs() * scale
 
 
@@ -97,31 +115,42 @@ def reference(
     """
     count = checkpoint.weights["w1"].shape[0]
     biases = biases or dict.fromkeys(("w1", "w3", "w2"), torch.zeros(count, 1))
-    gate, up, down = (checkpoint.dequantized(shard) for shard in ("w1", "w3", "w2"))
-    x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1)
+    gate, up, down = (
+        checkpoint.dequantized(shard, torch.float64) for shard in ("w1", "w3", "w2")
+    )
+    x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1).double()
     size = total // tp_size
     out = Expected(*torch.zeros(3, *x.shape, dtype=torch.float64))
     for token, slot in torch.cartesian_prod(*map(torch.arange, topk_ids.shape)):
-        expert, factor = topk_ids[token, slot], topk_weights[token, slot]
+        expert, factor = topk_ids[token, slot], topk_weights[token, slot].double()
         if expert < 0:
             continue
-        hidden = torch.nn.functional.silu(
-            gate[expert] @ x[token] + biases["w1"][expert]
-        )
-        hidden *= up[expert] @ x[token] + biases["w3"][expert]
-        out.value[token] += factor * biases["w2"][expert]
-        out.size[token] += factor * biases["w2"][expert].abs()
+        bias = {shard: biases[shard][expert].double() for shard in biases}
+        g, of_gate = product(gate[expert], x[token])
+        u, of_up = product(up[expert], x[token])
+        g, u = g + bias["w1"], u + bias["w3"]
+        hidden = torch.nn.functional.silu(g) * u
+        # No slope of SiLU is larger than 1.1.
+        error = 1.1 * of_gate * u.abs() + torch.nn.functional.silu(g).abs() * of_up
+        out.value[token] += factor * bias["w2"]
+        out.size[token] += factor * bias["w2"].abs()
         for rank in range(tp_size) if ranks is None else ranks:
             for group in groups_of_rank(rank * size, size):
-                columns = factor * down[expert][:, group].double()
-                codes = fake_quantize(hidden[group]).double()
-                may_differ = open_codes(hidden[group]).double()
+                columns = factor * down[expert][:, group]
+                codes = fake_quantize(hidden[group])
+                may_differ = open_codes(hidden[group], error[group])
                 out.value[token] += columns @ codes
                 out.size[token] += columns.abs() @ codes.abs()
                 out.open[token] += columns.abs() @ may_differ
                 out.tied += int((may_differ > 0).sum())
                 out.codes += len(may_differ)
     return out
+
+
+def product(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``weight @ x``, whose groups are exact, and what float32 rounds of it."""
+    groups = (weight * x).unflatten(-1, (-1, BLOCK)).sum(-1)
+    return groups.sum(-1), GROUPS * groups.abs().sum(-1)
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

@@ -94,6 +94,17 @@ def test_a_straddling_rank_matches_the_reference(total, tp_size, rank, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_codes_and_scales_of_any_value(path):
+    """To float32's roundings, counted: a scale of fewer bits is not enough."""
+    checkpoint = Checkpoint.exact(384, EXPERTS, HIDDEN, exact.AnyScale)
+    layer = compact_layer(384, 2, 1, checkpoint)
+    _, weights, ids = tokens(3)
+    x = exact.AnyScale.activations(3, HIDDEN)
+    expected = reference(checkpoint, 384, 2, x, weights, ids, ranks=[1])
+    expected.check(run(layer, PATHS[path], x, weights, ids))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_wrong_lead_shows(path):
     checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
