@@ -1,8 +1,9 @@
 """Breaks the package in one place at a time, and says which gates notice.
 
 ``python -m tests.mutants NAME=COMMAND...`` copies the repository, applies one mutation
-after the other there, runs each command (which has to fail) and prints a table. The
-commands see the copy as their working directory; all must pass without a mutation.
+after the other there, runs each command, which has to fail, and prints its last line,
+to see that it fails for the mutation. The commands see the copy as their working
+directory; all must pass without a mutation.
 
     python -m tests.mutants \\
         tests='python -m pytest -qx tests/fp8_tp_padding' \\
@@ -183,7 +184,7 @@ MUTANTS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the gates on each mutant; return 1 if no gate notices one of them."""
+    """Run the gates on each mutant; return 1 unless each notices all that are given."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutants",
         description=__doc__,
@@ -193,17 +194,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="mutants whose name contains this")
     args = parser.parse_args(argv)
     gates = dict(gate.split("=", 1) for gate in args.gates)
-    print("mutant".ljust(62), *(name.ljust(16) for name in gates), flush=True)
-    unnoticed = 0
+    wrong = 0
     for mutant in (None, *(m for m in MUTANTS if args.only in m.what)):
-        print((mutant.what if mutant else "none").ljust(62), end=" ", flush=True)
-        fails = [_fails(mutant, command) for command in gates.values()]
-        print(flush=True)
-        unnoticed += any(fails) if mutant is None else not any(fails)
-    return 1 if unnoticed else 0
+        print(mutant.what if mutant else "no mutant", flush=True)
+        for name, command in gates.items():
+            noticed = _notices(name, mutant, command)
+            wrong += noticed == (mutant is None)
+    return 1 if wrong else 0
 
 
-def _fails(mutant: Mutant | None, command: str) -> bool:
+def _notices(name: str, mutant: Mutant | None, command: str) -> bool:
+    """Run a gate; print whether it fails, and by which line."""
     with tempfile.TemporaryDirectory() as work:
         tree = Path(work) / "tree"
         shutil.copytree(REPOSITORY, tree, ignore=LEFT_OUT)
@@ -214,11 +215,17 @@ def _fails(mutant: Mutant | None, command: str) -> bool:
         # Ahead of an installed vllm_patch, in the command's own processes too.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         done = subprocess.run(
-            command, shell=True, cwd=tree, env=env, capture_output=True
+            command,
+            shell=True,
+            cwd=tree,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-    seconds = time.monotonic() - started
     word = "notices" if done.returncode else "passes"
-    print(f"{word}, {seconds:.0f} s".ljust(16), end=" ", flush=True)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    print(f"  {name} {word}, {time.monotonic() - started:.0f} s: {last}", flush=True)
     return done.returncode != 0
 
 
