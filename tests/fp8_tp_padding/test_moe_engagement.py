@@ -53,6 +53,7 @@ def build_stock(*args, **kwargs):
 def test_other_layers_are_stock(plugin, stock_class, total, tp_size, kwargs):
     layer, stock = (make(total, tp_size, 0, **kwargs) for make in (build, build_stock))
     assert method_class(layer) is stock_class
+    assert layer.quant_method.experts_cls is stock.quant_method.experts_cls
     assert vars(layer.moe_config) == vars(stock.moe_config)
     assert [(n, p.shape, p.dtype) for n, p in layer.named_parameters()] == [
         (n, p.shape, p.dtype) for n, p in stock.named_parameters()
@@ -104,6 +105,21 @@ def test_off_is_stock(plugin, stock_class, monkeypatch):
     layer = build(1536, 8, 3)
     assert method_class(layer) is stock_class
     assert layer.quant_method.moe_block_shape == [64, 64]
+
+
+def test_masked_experts_are_for_our_method_only(plugin, stock_class, monkeypatch):
+    """A config that makes vLLM's method itself gets vLLM's experts."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    made = []
+
+    def make(self, layer, prefix):
+        made.append(stock_class(self, layer))
+        return made[0]
+
+    monkeypatch.setattr(Fp8Config, "get_quant_method", make)
+    outcome(build, backend="triton")
+    assert made[0].experts_cls.__name__ == "TritonExperts"
 
 
 def test_our_method_replaces_refined_blocks(plugin, stock_class):
