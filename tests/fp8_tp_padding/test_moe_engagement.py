@@ -118,7 +118,7 @@ def test_masked_experts_are_for_our_method_only(plugin, stock_class, monkeypatch
         return made[0]
 
     monkeypatch.setattr(Fp8Config, "get_quant_method", make)
-    outcome(build, backend="triton")
+    outcome(build, total=640, backend="triton")
     assert made[0].experts_cls.__name__ == "TritonExperts"
 
 
