@@ -19,7 +19,7 @@ leaves most experts without tokens.
 Exits with 1 if ours is farther from an fp32 reference that rounds where it rounds than
 TOLERATED_ERROR in 128 columns or TOLERATED_TOKEN in a token's row, if a replayed graph
 of it differs from a call in a single bit, or if a layer fails that stock does not
-refuse. PASS and MISS compare with the bars.
+refuse. PASS and MISS compare times with the bars.
 """
 
 import argparse
@@ -28,20 +28,17 @@ import itertools
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks import graph_timing, moe_bars
+from benchmarks import graph_timing
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import CASES, Case
 from benchmarks.moe_layers import Implementation, Layer, Routing, implementations
 from benchmarks.quantized import worst_columns, worst_token
-from benchmarks.record import Rows, environment
-from vllm_patch import plugin
+from benchmarks.run import Run, chosen, first_line, parsed, parser_of, started
 
 # Of 128 columns, over 64 tokens or more: bfloat16 rounds pairs' outputs and their sum
 # by up to 2**-9 each. Tensor cores add FP8 products in 14 bits, which makes about one
@@ -61,73 +58,46 @@ ROTATED_CACHES = 2
 MAX_COPIES = 8
 Draw = Callable[[Case, int, torch.Generator], Routing]
 COLUMNS = ("ours", "padded", "refined", "half_tp", "ep")
+RATIOS = ("padded/ours", "refined/ours", "ours/floor")
+# For a case with bars: how many times faster ours is than stock, at any number of
+# tokens and in geometric mean. In other cases it is not slower.
+LEAST = {"padded/ours": (1.0, 1.25), "refined/ours": (1.2, 1.5)}
+# Likewise, where bytes decide; with fewer tokens latency does.
+MOST_OVER_FLOOR, AT_FLOOR = 1.4, range(16, 257)
+# By number of tokens: microseconds by column, and ratios.
+Table = dict[int, dict[str, float]]
 
 
 @dataclass
-class Run:
-    """What the command was asked to do, and what it found."""
+class ExpertsRun(Run):
+    """A run with columns; with limits, if it shall time them."""
 
-    device: torch.device
-    tokens: Sequence[int]
-    columns: list[str]
-    rows: Rows
-    deadline: float
+    columns: Sequence[str] = COLUMNS
     limits: Limits | None = None
-    checked: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def problem(self, text: str) -> None:
-        print(f"  PROBLEM: {text}", flush=True)
-        self.problems.append(text)
-
-    def is_late(self) -> bool:
-        return time.monotonic() > self.deadline
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
-    plugin.register()
-    with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
-        where = environment(args.commit)
-        print("\n".join(f"{name:8} {value}" for name, value in where.items()))
-        print(
-            f"bounds   {TOLERATED_ERROR:.2e} of 128 columns, {TOLERATED_TOKEN:.2e} of "
-            "a token's row"
-        )
-        deadline = time.monotonic() + args.budget
-        rows = Rows(file, where)
-        device = torch.device(args.device)
-        run = Run(device, args.tokens, args.columns, rows, deadline)
-        _start_workspace(device)
+    bounds = (
+        f"{TOLERATED_ERROR:.2e} of 128 columns, {TOLERATED_TOKEN:.2e} of a token's row"
+    )
+    with started(args, bounds) as rows:
+        run = ExpertsRun(args.device, args.tokens, rows, columns=args.columns)
+        run.start(args.budget)
+        _start_workspace(run.device)
         if not args.check_only:
-            run.limits = _limits(device)
-        for case in CASES:
-            if any(text in case.name for text in args.cases):
-                _run_case(run, case)
-    print(f"\n{run.checked} layers checked, {len(run.problems)} problems")
-    print(*run.problems, sep="\n")
-    return 1 if run.problems or not run.checked else 0
+            run.limits = _limits(run.device)
+        for case in chosen(CASES, args):
+            _run_case(run, case)
+    return run.exit_status()
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.moe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = parser_of("moe", __doc__)
     add = parser.add_argument
-    add("--cases", nargs="+", default=[""], help="only cases whose name contains one")
-    add("--tokens", nargs="+", type=int)
-    add("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    add("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
     add("--budget", type=float, default=540.0, help="seconds for the whole command")
-    add("--check-only", action="store_true", help="correctness, no timing")
-    add("--device", default=cuda)
-    add("--csv", help="file for the rows")
-    add("--commit", help="commit that is measured, where git cannot tell")
-    args = parser.parse_args(argv)
-    if not args.check_only and args.device == "cpu":
-        parser.error("timing needs a CUDA GPU, and vLLM's build for it")
+    args = parsed(parser, argv)
     args.tokens = args.tokens or (CHECKED_TOKENS if args.check_only else TIMED_TOKENS)
     return args
 
@@ -157,8 +127,7 @@ def _run_case(run: Run, case: Case) -> None:
         f"  timed: rank {case.rank}, lead {shard.lead}, span {shard.span}",
         flush=True,
     )
-    if run.is_late():
-        run.problem(f"{case.name}: not run, the budget is spent")
+    if run.is_late_for(case.name):
         return
     able = _check(run, case)
     if run.limits is not None and able:
@@ -170,7 +139,7 @@ def _run_case(run: Run, case: Case) -> None:
 
 def _check(run: Run, case: Case) -> dict[str, Implementation]:
     """Compare each column with its reference; return those that can be timed."""
-    able, errors = {}, {}
+    able = {}
     for name, what in implementations(case).items():
         if name not in run.columns:
             continue
@@ -178,11 +147,11 @@ def _check(run: Run, case: Case) -> dict[str, Implementation]:
             print(f"  {name:8} -, half the ranks cut quant blocks too")
             continue
         try:
-            errors[name], note = _errors(run, case, name, what)
+            errors, note = _errors(run, case, name, what)
         except Exception as error:  # Layers and kernels raise what they like.
             _refuse(run, case, name, error)
             continue
-        columns, token = map(max, zip(*errors[name].values(), strict=True))
+        columns, token = map(max, zip(*errors.values(), strict=True))
         print(
             f"  {name:8} error of 128 columns {columns:.2e}, of a token {token:.2e}  "
             f"{note}",
@@ -190,32 +159,30 @@ def _check(run: Run, case: Case) -> dict[str, Implementation]:
         )
         able[name] = what
         run.checked += 1
-    _judge(run, case, errors)
+        _judge(run, case, name, errors)
     return able
 
 
 def _refuse(run: Run, case: Case, name: str, error: Exception) -> None:
     if name == "refined" and isinstance(error, (ValueError, NotImplementedError)):
-        print(f"  {name:8} refuses: {_first_line(error)}", flush=True)
+        print(f"  {name:8} refuses: {first_line(error)}", flush=True)
     else:
-        run.problem(f"{case.name}, {name}: {_first_line(error)}")
+        run.problem(f"{case.name}, {name}: {first_line(error)}")
 
 
 Errors = dict[str, tuple[float, float]]  # By kind of call: 128 columns, a token.
 
 
-def _judge(run: Run, case: Case, errors: dict[str, Errors]) -> None:
-    for name, of_calls in errors.items():
-        limits = (
-            (TOLERATED_ERROR, TOLERATED_TOKEN) if name == "ours" else (math.inf,) * 2
-        )
-        for call, (columns, token) in of_calls.items():
-            # NaN is no number below a limit.
-            if not (columns < limits[0] and token < limits[1]):
-                run.problem(
-                    f"{case.name}, {name}, {call}: error of 128 columns {columns:.2e}, "
-                    f"of a token {token:.2e}"
-                )
+def _judge(run: Run, case: Case, name: str, errors: Errors) -> None:
+    """Of stock's errors, only NaN is a problem of this command."""
+    limits = (TOLERATED_ERROR, TOLERATED_TOKEN) if name == "ours" else (math.inf,) * 2
+    for call, (columns, token) in errors.items():
+        # NaN is no number below a limit.
+        if not (columns < limits[0] and token < limits[1]):
+            run.problem(
+                f"{case.name}, {name}, {call}: error of 128 columns {columns:.2e}, "
+                f"of a token {token:.2e}"
+            )
 
 
 def _errors(
@@ -265,24 +232,19 @@ def _value(layer: Layer, x: torch.Tensor, routing: Routing) -> torch.Tensor:
 def _check_replay(
     run: Run, case: Case, layer: Layer, tokens: int, draw: Draw, call: str
 ) -> None:
-    """Compare a graph's replays with calls, on inputs that change in place.
-
-    Bit for bit: no kernel adds in an order that varies from run to run.
-    """
+    """Compare a graph's replays with calls, on inputs that change in place."""
     x, (routing,) = _inputs(run, case, tokens, count=1, routing=draw)
+
+    def change(seed: int) -> None:
+        other, (there,) = _inputs(run, case, tokens, 1, seed, draw)
+        x.copy_(other)
+        routing.weights.copy_(there.weights)
+        routing.ids.copy_(there.ids)
+        _poison_workspaces()
+
     with layer.rank(), torch.inference_mode():
-        replay, out = graph_timing.captured(lambda: layer(x, routing))
-        for seed in range(2):
-            other, (there,) = _inputs(run, case, tokens, 1, seed, draw)
-            x.copy_(other)
-            routing.weights.copy_(there.weights)
-            routing.ids.copy_(there.ids)
-            value = layer(x, routing).clone()
-            _poison_workspaces()
-            out.fill_(math.nan)
-            replay()
-            if not torch.equal(out, value):
-                run.problem(f"{case.name}, {call}: a replay differs from the call")
+        if not graph_timing.replays_alike(lambda: layer(x, routing), change):
+            run.problem(f"{case.name}, {call}: a replay differs from the call")
 
 
 def _poison_workspaces() -> None:
@@ -323,20 +285,19 @@ def _time(run: Run, case: Case, able: dict[str, Implementation]) -> None:
         name: [Layer(case, what, seed, run.device) for seed in range(copies)]
         for name, what in able.items()
     }
-    _print_cells("tokens", ["floor", *COLUMNS, *_RATIOS])
-    table: moe_bars.Table = {}
+    _print_cells("tokens", ["floor", *COLUMNS, *RATIOS])
+    table: Table = {}
     for tokens in run.tokens:
-        if run.is_late():
-            run.problem(f"{case.name}, {tokens} tokens: the budget is spent")
+        if run.is_late_for(f"{case.name}, {tokens} tokens"):
             break
         table[tokens] = _row(run, case, layers, tokens)
         _print_row(str(tokens), table[tokens])
         _record(run, case, layers, tokens, table[tokens])
-    _summarize(case, table)
+    _summarize(run, case, table)
 
 
 def _row(run: Run, case: Case, layers: dict[str, list[Layer]], tokens: int):
-    """Return microseconds by column."""
+    """Return microseconds by column, and ratios."""
     x, routings = _inputs(run, case, tokens, ROUTINGS)
     copies = _copies(run, case, tokens)
     calls = {}
@@ -344,7 +305,7 @@ def _row(run: Run, case: Case, layers: dict[str, list[Layer]], tokens: int):
         try:
             calls[name] = _calls(case, twins[:copies], x, routings)
         except Exception as error:  # The other columns shall run.
-            run.problem(f"{case.name}, {tokens} tokens, {name}: {_first_line(error)}")
+            run.problem(f"{case.name}, {tokens} tokens, {name}: {first_line(error)}")
     # Only now is the shared workspace as large as any column needs: graphs keep
     # its address.
     graphs = []
@@ -353,11 +314,19 @@ def _row(run: Run, case: Case, layers: dict[str, list[Layer]], tokens: int):
             graphs.append(graph_timing.capture(each))
     times = graph_timing.microseconds(graphs)
     floor = statistics.mean(_floor_us(run, case, tokens, r) for r in routings)
-    row = {
-        name: time / len(each)
-        for (name, each), time in zip(calls.items(), times, strict=True)
+    row = {"floor": floor}
+    for (name, each), time in zip(calls.items(), times, strict=True):
+        row[name] = time / len(each)
+    return {**row, **_ratios(row)}
+
+
+def _ratios(row: dict[str, float]) -> dict[str, float]:
+    pairs = {name: name.split("/") for name in RATIOS}
+    return {
+        name: row[above] / row[below]
+        for name, (above, below) in pairs.items()
+        if above in row and below in row
     }
-    return {"floor": floor, **row}
 
 
 def _calls(case: Case, twins: list[Layer], x: torch.Tensor, routings: list[Routing]):
@@ -388,18 +357,9 @@ def _floor_us(run: Run, case: Case, tokens: int, routing: Routing) -> float:
 
 # -- report -------------------------------------------------------------------
 
-_RATIOS = {
-    "padded/ours": ("padded", "ours"),
-    "refined/ours": ("refined", "ours"),
-    "ours/floor": ("ours", "floor"),
-}
-
 
 def _print_row(label: str, row: dict[str, float]) -> None:
-    cells = [row.get(name) for name in ("floor", *COLUMNS)]
-    for above, below in _RATIOS.values():
-        both = above in row and below in row
-        cells.append(row[above] / row[below] if both else None)
+    cells = [row.get(name) for name in ("floor", *COLUMNS, *RATIOS)]
     _print_cells(label, ["-" if cell is None else f"{cell:.2f}" for cell in cells])
 
 
@@ -410,18 +370,26 @@ def _print_cells(label: str, cells: list[str]) -> None:
     print(f"  {label:>8}{row}", flush=True)
 
 
-def _summarize(case: Case, table: moe_bars.Table) -> None:
+def _summarize(run: Run, case: Case, table: Table) -> None:
+    """Print means, and whether the ratios keep to the bars."""
     if not table:
         return
-    names = set.intersection(*(set(row) for row in table.values()))
     means = {
         name: statistics.geometric_mean(row[name] for row in table.values())
-        for name in names
+        for name in set.intersection(*map(set, table.values()))
     }
     _print_row("geomean", means)
-    bars = moe_bars.main_case if case.has_bars else moe_bars.no_regression
-    for bar in bars(table):
-        print(f"  {bar}", flush=True)
+    for name, (each, mean) in LEAST.items():
+        run.bar(name, _column(table, name), each if case.has_bars else 1.0)
+        if case.has_bars and name in means:
+            run.bar(name, {"geometric mean": means[name]}, mean)
+    if case.has_bars:
+        over = _column({t: row for t, row in table.items() if t in AT_FLOOR}, RATIOS[2])
+        run.bar(RATIOS[2], over, MOST_OVER_FLOOR, most=True)
+
+
+def _column(table: Table, name: str) -> dict[str, float]:
+    return {f"{t} tokens": row[name] for t, row in table.items() if name in row}
 
 
 def _record(run, case: Case, layers, tokens: int, row: dict[str, float]) -> None:
@@ -452,11 +420,6 @@ def _record(run, case: Case, layers, tokens: int, row: dict[str, float]) -> None
                 "fp8_tflop_s": f"{run.limits.fp8_flops / 1e12:.0f}",
             }
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The check that stands before the timings of experts, and what is made of them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import moe, moe_bars, moe_layers
+from benchmarks import moe, moe_layers
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
 from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
@@ -123,37 +124,43 @@ def test_the_worst_loaded_rank_comes_first():
     assert routing.ids.tolist() == [[4, 1], [0, 2], [3, 1]]
 
 
-def test_bars_say_what_was_worst_and_where():
-    table = {
+def a_run():
+    return moe.ExpertsRun(torch.device("cpu"), [3], Rows(None, {}))
+
+
+def test_bars_say_what_was_worst_and_where(capsys):
+    rows = {
         1: {"floor": 10.0, "ours": 17.0, "padded": 27.0, "refined": 37.0},
         16: {"floor": 10.0, "ours": 15.0, "padded": 14.0, "refined": 20.0},
     }
-    found = {str(bar) for bar in moe_bars.main_case(table)}
-    assert "PASS us at 1 token: 17.00 <= 18" in found
-    assert "MISS padded / ours, at worst: 0.93 >= 1 (16 tokens)" in found
-    assert "MISS ours / floor, 16 to 256 tokens: 1.50 <= 1.4 (16 tokens)" in found
-    assert "PASS refined / ours, at worst: 1.33 >= 1.2 (16 tokens)" in found
+    table = {tokens: {**row, **moe._ratios(row)} for tokens, row in rows.items()}
+    run = a_run()
+    moe._summarize(run, replace(CASE, has_bars=True), table)
+    found = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "MISS padded/ours: 0.93 >= 1 (16 tokens)" in found
+    assert "MISS padded/ours: 1.22 >= 1.25 (geometric mean)" in found
+    assert "PASS refined/ours: 1.33 >= 1.2 (16 tokens)" in found
+    assert "PASS refined/ours: 1.70 >= 1.5 (geometric mean)" in found
+    assert "MISS ours/floor: 1.50 <= 1.4 (16 tokens)" in found
+    moe._summarize(run, CASE, table)  # No slower than stock.
+    assert "PASS refined/ours: 1.33 >= 1 (16 tokens)" in capsys.readouterr().out
+    assert run.missed == 4 and not run.problems
 
 
-def test_bars_leave_out_what_was_not_measured():
-    assert moe_bars.main_case({1: {"floor": 1.0, "padded": 2.0}}) == []
+def test_bars_leave_out_what_was_not_measured(capsys):
+    table = {1: {"floor": 1.0, "padded": 2.0}}
+    moe._summarize(a_run(), replace(CASE, has_bars=True), table)
+    out = capsys.readouterr().out
+    assert "geomean" in out and "PASS" not in out and "MISS" not in out
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_replay_must_read_its_inputs_anew(monkeypatch, plugin, right):
-    """And write all of its output; without a GPU, a function stands for the graph."""
-
-    def captured(call):
-        out, baked = call().clone(), call().clone()
-        return lambda: out.copy_(call() if right else baked), out
-
-    monkeypatch.setattr(moe.graph_timing, "captured", captured)
-    cpu = torch.device("cpu")
-    moe._start_workspace(cpu)
-    run = moe.Run(cpu, [3], ["ours"], Rows(None, {}), math.inf)
-    layer = Layer(CASE, moe_layers.implementations(CASE)["ours"], 0, cpu)
+def test_a_replay_must_read_its_inputs_anew(plugin, replays_right):
+    """And write all of its output."""
+    run = a_run()
+    moe._start_workspace(run.device)
+    layer = Layer(CASE, moe_layers.implementations(CASE)["ours"], 0, run.device)
     moe._check_replay(run, CASE, layer, 3, Routing.random, "3 tokens")
-    assert len(run.problems) == (0 if right else 1)
+    assert len(run.problems) == (0 if replays_right else 1)
 
 
 @pytest.mark.parametrize("size", [(1, 128), (3, 320)])

@@ -1,0 +1,118 @@
+"""What the benchmarks have in common: options, problems, bars and the exit status."""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.record import Rows, environment
+from vllm_patch import plugin
+
+
+@dataclass
+class Run:
+    """What a command was asked to do, and what it found."""
+
+    device: torch.device
+    tokens: Sequence[int]
+    rows: Rows
+    deadline: float = float("inf")
+    checked: int = 0
+    missed: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        print(f"  PROBLEM: {text}", flush=True)
+        self.problems.append(text)
+
+    def start(self, budget: float) -> None:
+        self.deadline = time.monotonic() + budget
+
+    def is_late_for(self, what: str) -> bool:
+        """Whether the budget is spent; if so, what is left out is a problem."""
+        late = time.monotonic() > self.deadline
+        if late:
+            self.problem(f"{what}: not run, the budget is spent")
+        return late
+
+    def bar(
+        self, what: str, found: dict[str, float], limit: float, most: bool = False
+    ) -> None:
+        """Say whether the worst of what was found keeps to a limit.
+
+        Args:
+            what: The ratio.
+            found: Values, by where they were found.
+            limit: The least that they shall be.
+            most: It is the most instead.
+
+        """
+        if not found:
+            return
+        where = (max if most else min)(found, key=found.get)
+        value, sign = found[where], "<=" if most else ">="
+        met = value <= limit if most else value >= limit
+        self.missed += not met
+        verdict = "PASS" if met else "MISS"
+        print(f"  {verdict} {what}: {value:.2f} {sign} {limit:g} ({where})", flush=True)
+
+    def exit_status(self) -> int:
+        """Print what it comes to; return 1 with problems, or where nothing was checked.
+
+        A bar that is missed does not count: times are of a machine, and vary.
+        """
+        print(
+            f"\n{self.checked} layers checked, {len(self.problems)} problems, "
+            f"{self.missed} bars missed"
+        )
+        print(*self.problems, sep="\n")
+        return 1 if self.problems or not self.checked else 0
+
+
+def parser_of(name: str, text: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def parsed(
+    parser: argparse.ArgumentParser, argv: list[str] | None
+) -> argparse.Namespace:
+    """Return the parser's options and those of all benchmarks."""
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--cases", nargs="+", default=[""], help="only cases whose name contains one")
+    add("--tokens", nargs="+", type=int)
+    add("--check-only", action="store_true", help="correctness, no timing")
+    add("--device", type=torch.device, default=cuda)
+    add("--csv", help="file for the rows")
+    add("--commit", help="commit that is measured, where git cannot tell")
+    args = parser.parse_args(argv)
+    if not args.check_only and args.device.type == "cpu":
+        parser.error("timing needs a CUDA GPU, and vLLM's build for it")
+    return args
+
+
+def chosen(cases: Sequence, args: argparse.Namespace) -> list:
+    return [case for case in cases if any(text in case.name for text in args.cases)]
+
+
+@contextmanager
+def started(args: argparse.Namespace, bounds: str) -> Iterator[Rows]:
+    """Register the plugin, say what runs where, and open the file of rows."""
+    plugin.register()
+    where = environment(args.commit)
+    for name, value in {**where, "bounds": bounds}.items():
+        print(f"{name:8} {value}")
+    with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
+        yield Rows(file, where)
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
