@@ -2,180 +2,94 @@
 
     python -m benchmarks.compile_kernels [--arch 89 90 100 120]
 
-Takes the tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts
-inside a quant block, and gate_up of Qwen3-4B at TP 8. Fails where a kernel needs more
-shared memory than a block of the GPU has, or where one that starts while the kernel
-before it ends touches memory before it waits for that one.
+Launches them on tensors without memory, and takes down what Triton would compile: the
+tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts inside a
+quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. Fails where a kernel
+needs more shared memory than a block of the GPU has, or where one that starts while the
+kernel before it ends touches memory before it waits for that one.
 """
 
 import argparse
+import functools
+import json
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import vllm.triton_utils
 
 # Where it finds no GPU, vLLM puts a stub in the place of Triton.
 vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton
 
-from vllm_patch.fp8_tp_padding import (  # noqa: E402
+from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     columns,
     input_quant,
-    masked_kernels,
-    masked_linear,
-    tiles,
+    masked_moe,
+    tile_choice,
+    tuned_tiles,
 )
+from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK, FP8  # noqa: E402
+from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles  # noqa: E402
+from vllm_patch.fp8_tp_padding.slices.shard import block_shard  # noqa: E402
+from vllm_patch.fp8_tp_padding.slices.window import Window  # noqa: E402
 
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Instructions that touch memory of other kernels.
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
-POINTERS = {
-    "x_ptr": "*bf16",
-    "x_codes_ptr": "*fp8e4nv",
-    "x_scale_ptr": "*fp32",
-    "w_ptr": "*fp8e4nv",
-    "w_scale_ptr": "*fp32",
-    "h_ptr": "*bf16",
-    "h_scale_ptr": "*fp32",
-    "y_ptr": "*bf16",
-    "out_ptr": "*bf16",
-    "topk_ids_ptr": "*i32",
-    "topk_weights_ptr": "*fp32",
-    "counts_ptr": "*i32",
-    "sorted_pairs_ptr": "*i32",
-    "block_experts_ptr": "*i32",
-    "num_blocks_ptr": "*i32",
-    "codes_ptr": "*fp8e4nv",
-    "scales_ptr": "*fp32",
-}
-# Of the numbers, those that are multiples of 16; the rest is any.
-MULTIPLES = ("x_stride", "x_token_stride", "w_row_stride", "span", "size")
-CONSTANTS = {
-    "K": 4096,
-    "SIZE": 192,
-    "LEAD": 64,
-    "NUM_BLOCKS": 2,
-    "TOP_K": 8,
-    "ROWS": 16,
-    "GROUPS": 8,
-    "NUM_IDS": 128,
-    "BINS": 128,
-    "CHUNK": 4096,
-    "CHUNKS": 8,
-    "MUL_WEIGHT": True,
-    "HAS_EXPERT_MAP": False,
-    "expert_map_ptr": None,
-}
-LINEAR_CONSTANTS = {
-    "K": 2560,
-    "STARTS": (0, 1216),
-    "SHIFTS": (64, 128),
-    "SIZE": 2560,
-    "TOTAL": 2432,
-    "HAS_BIAS": False,
-    "bias_ptr": None,
-    "GROUP": 128,
-    "BLOCK": 128,
-    "USE_UE8M0": True,
-    # What is 1 is a constant to Triton.
-    "x_column_stride": 1,
-    "w_column_stride": 1,
-    "w_scale_column_stride": 1,
-    "x_scale_token_stride": 1,
-    "scales_token_stride": 1,
-}
+EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
 
 
-def kernels(chosen: tiles.Tiles) -> Iterator[tuple[str, int, dict]]:
-    """Yield name, warps and constants of each kernel of a path."""
-    path = {
-        "SORTED": chosen.sort,
-        "BLOCK_M": chosen.block_m,
-        "USE_PDL": chosen.pdl,
-        "QUANTIZE": chosen.quantize_in_gate_up,
-        "QUANTIZED": chosen.quantize_in_gate_up,
-        "SPLITS": chosen.down_splits,
-        "UNROLL": chosen.gate_up.unroll,
-    }
-    last = "down_kernel" if chosen.sort else "down_and_sum_kernel"
-    for name, tile in (("gate_up_kernel", chosen.gate_up), (last, chosen.down)):
-        options = tile.launch_options
-        yield name, options.pop("num_warps"), {**path, **options}
-    names = ["prepare_kernel", "sort_kernel", "sum_kernel"]
-    for name in names if chosen.sort else names[:1]:
-        yield name, 4, {**path, "BLOCK_N": 1024}
+class _Gpu:
+    """What Triton asks a driver before it compiles."""
 
+    def __init__(self, arch: int):
+        self.arch = arch
 
-def linear_kernels(arch: int) -> Iterator[tuple[str, int, dict]]:
-    """Yield name, warps and constants of the kernels of linear layers."""
-    sizes = {"TOKENS": input_quant.TOKENS_PER_PROGRAM, "USE_PDL": arch >= 90}
-    yield "_padded_quant_kernel", 4, sizes
-    for columns_each in (128, columns.MAX_COLUMNS_PER_PROGRAM):
-        sizes = {
-            "TOKENS": columns.TOKENS_PER_PROGRAM,
-            "COLUMNS": columns_each,
-            "USE_PDL": arch >= 90,
-        }
-        yield "_copy_kernel", 4, sizes
-    if arch == 90:
-        sizes = {
-            "TOKENS": masked_linear.MAX_TOKENS,
-            "COLUMNS": masked_linear.COLUMNS_PER_PROGRAM,
-            "NUM_STAGES": masked_linear.NUM_STAGES,
-            "UNROLL": masked_linear.UNROLL,
-            "USE_PDL": True,
-        }
-        yield "_masked_linear_kernel", masked_linear.NUM_WARPS, sizes
+    def get_current_device(self) -> int:
+        return self.arch
 
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
-def kernel_of(name: str):
-    modules = masked_kernels, columns, input_quant, masked_linear
-    return next(vars(module)[name] for module in modules if name in vars(module))
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel for one GPU; ``values`` are the constants that it takes."""
+    """One kernel as it is launched on one GPU.
+
+    Attributes:
+        arch: Of the GPU.
+        what: Name, types, constants and options, as Triton writes them down.
+
+    """
 
     arch: int
-    name: str
-    num_warps: int
-    values: tuple[tuple[str, object], ...]
+    what: str
 
-    def compile(self):
-        kernel = kernel_of(self.name)
-        constants = dict(self.values)
-        pointers = dict(POINTERS)
-        if constants.get("QUANTIZE") or constants.get("QUANTIZED"):
-            pointers["h_ptr"] = "*fp8e4nv"
-        signature, values, attributes = {}, {}, {}
-        for index, argument in enumerate(kernel.arg_names):
-            if argument in constants:
-                signature[argument] = "constexpr"
-                values[(index,)] = constants[argument]
-            else:
-                signature[argument] = pointers.get(argument, "i32")
-                if argument in pointers or argument in MULTIPLES:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, values, attributes)
-        target = GPUTarget("cuda", self.arch, 32)
-        options = {"num_warps": self.num_warps}
-        return triton.compile(source, target=target, options=options)
+    @property
+    def name(self) -> list[str]:
+        """Module and kernel."""
+        return json.loads(self.what)["name"].rsplit(".", 1)
 
     def run(self) -> "Usage":
-        binary = self.compile()
+        module, name = self.name
+        triton.runtime.driver.set_active(_Gpu(self.arch))
+        binary = vars(sys.modules[module])[name].preload(self.what)
         registers, spilled = registers_of(binary)
-        depends = dict(self.values).get("USE_PDL", False)
+        depends = json.loads(self.what)["options"]["launch_pdl"]
         waits = waits_first(binary.asm["ptx"]) == depends
         return Usage(registers, spilled, binary.metadata.shared, waits)
 
@@ -221,34 +135,71 @@ def registers_of(binary) -> tuple[int, int]:
     return int(registers), int(stack)
 
 
-def paths(arch: int) -> dict[tiles.Tiles, str]:
-    """Return where each different path of this GPU comes from."""
-    found: dict[tiles.Tiles, str] = {}
+def launched(arch: int, call: Callable[[], None]) -> list[Job]:
+    """Return what ``call`` launches; nothing is compiled or run."""
+    found = []
+
+    def note(compile, **_) -> bool:
+        found.append(Job(arch, compile["specialization_data"]))
+        return True  # Triton takes it that somebody else compiles.
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+        triton.runtime.driver.set_active(_Gpu(arch))
+        call()
+    return found
+
+
+def launch_experts(tiles: Tiles, tokens: int) -> None:
+    shard = block_shard(1536, BLOCK, 1, 8)
+    sizes = tokens, TOP_K, HIDDEN, EXPERTS, shard, torch.bfloat16
+    plan = masked_moe.plan_for(masked_moe.Problem(*sizes), tiles.fit(HIDDEN))
+    x, codes, scale, ids = (
+        torch.empty(1, dtype=dtype, device="meta")
+        for dtype in (torch.bfloat16, FP8, torch.float32, torch.int32)
+    )
+    weights = masked_moe.Weights(codes, codes, scale, scale)
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="meta")
+    plan.run(x, x, weights, masked_moe.Routing(scale, ids), workspace)
+
+
+def launch_linear_layers(arch: int) -> None:
+    """Pad down, and take the columns of a wide and a narrow gate_up."""
+    depends = {"launches_dependently": lambda: arch >= 90}
+    columns_on_gpu = mock.patch.multiple(columns, **depends, _launches=lambda: True)
+    with columns_on_gpu, mock.patch.multiple(input_quant, **depends):
+        for total in 9728, 512:
+            window = Window.of_elements(block_shard(total, BLOCK, 1, 8), total)
+            x = torch.empty(4096, 2 * window.span, dtype=torch.bfloat16, device="meta")
+            columns.RealColumns([window, window])(x)
+        x, scales = x.narrow(-1, 0, window.size), {"column_major": True}
+        scales.update(row_multiple=4, use_ue8m0=True)
+        input_quant._padded_quant(x, window.lead, window.span, BLOCK, **scales)
+
+
+def paths(arch: int) -> dict[Tiles, tuple[int, str]]:
+    """Return tokens and origin of each different path of this GPU."""
+    found: dict[Tiles, tuple[int, str]] = {}
     for pairs in (0.1, 0.5, 4, 16, 256):
-        found.setdefault(tiles.rule(pairs, hopper=arch == 90), f"rule, {pairs} pairs")
-    for path in sorted(tiles.CONFIGS.glob("*H200*")) if arch == 90 else []:
-        for tokens, chosen in tiles.read_config(path).items():
-            found.setdefault(chosen, f"{path.name.partition(',dev')[0]}, {tokens} tok.")
+        tiles = tile_choice.rule(pairs, hopper=arch == 90)
+        tokens = max(1, int(pairs * EXPERTS / TOP_K))
+        found.setdefault(tiles, (tokens, f"rule, {pairs} pairs"))
+    for path in sorted(tuned_tiles.CONFIGS.glob("*H200*")) if arch == 90 else []:
+        name = path.name.partition(",dev")[0]
+        for tokens, tiles in tuned_tiles.read_config(path).items():
+            found.setdefault(tiles, (tokens, f"{name}, {tokens} tok."))
     return found
 
 
 def jobs(arch: int) -> dict[Job, str]:
-    """Return the different kernels of a GPU's paths, and where each comes from."""
+    """Return the different kernels of a GPU, and where each comes from."""
     found: dict[Job, str] = {}
-    for chosen, origin in paths(arch).items():
-        for name, num_warps, constants in kernels(chosen):
-            job = job_of(arch, name, num_warps, {**CONSTANTS, **constants})
+    for tiles, (tokens, origin) in paths(arch).items():
+        call = functools.partial(launch_experts, tiles, tokens)
+        for job in launched(arch, call):
             found.setdefault(job, origin)
-    for name, num_warps, constants in linear_kernels(arch):
-        job = job_of(arch, name, num_warps, {**LINEAR_CONSTANTS, **constants})
+    for job in launched(arch, functools.partial(launch_linear_layers, arch)):
         found[job] = "linear layers"
     return found
-
-
-def job_of(arch: int, name: str, num_warps: int, constants: dict) -> Job:
-    taken = kernel_of(name).arg_names
-    values = tuple((a, constants[a]) for a in taken if a in constants)
-    return Job(arch, name, num_warps, values)
 
 
 def main() -> int:
@@ -266,8 +217,9 @@ def main() -> int:
             problem = used.problem(job.arch)
             problems += problem is not None
             print(
-                f"sm_{job.arch:<4}{job.name:21}{used.registers:10}{used.spilled:9}"
-                f"{used.shared:9}  {found[job]}{f'  {problem}' if problem else ''}",
+                f"sm_{job.arch:<4}{job.name[1]:21}{used.registers:10}"
+                f"{used.spilled:9}{used.shared:9}  {found[job]}"
+                f"{f'  {problem}' if problem else ''}",
                 flush=True,
             )
     return 1 if problems else 0
