@@ -29,10 +29,17 @@ from unittest import mock
 import torch
 
 from benchmarks import graph_timing, linear_in_model
-from benchmarks.linear_cases import BLOCK, CASES, Case, Quantized, round_up
+from benchmarks.linear_cases import CASES, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, expected, of_fp8_values
 from benchmarks.one_rank import rank_of
-from benchmarks.quantized import relative_error, worst_columns, worst_token
+from benchmarks.quantized import (
+    BLOCK,
+    normal,
+    relative_error,
+    round_up,
+    worst_columns,
+    worst_token,
+)
 from benchmarks.run import Run, chosen, first_line, parsed, parser_of, started
 from vllm_patch import plugin
 
@@ -210,15 +217,14 @@ def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):
 
 
 def _is_padded(layer: torch.nn.Module) -> bool:
-    return "Padded" in type(layer.quant_method).__name__
+    return type(layer.quant_method).__name__ == "CutFp8LinearMethod"
 
 
 def _activations(run: Run, case: Case, rank: int, tokens: int, layer, seed: int = 0):
     part = case.parts(rank)[0]
     size = part.size if case.is_row else case.whole
     generator = torch.Generator(run.device).manual_seed(rank + (seed << 20))
-    kwargs = {"generator": generator, "device": run.device, "dtype": torch.bfloat16}
-    x = torch.randn(tokens, size, **kwargs)
+    x = normal(tokens, size, generator=generator, dtype=torch.bfloat16)
     # FlashInfer's kernel quantizes by itself, and may round what others round up.
     if getattr(layer.quant_method.fp8_linear, "apply_input_quant", True):
         return x

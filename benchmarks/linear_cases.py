@@ -5,24 +5,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.one_rank import rank_of
-from benchmarks.quantized import BLOCK, FP8, random_scales
+from benchmarks.quantized import (
+    BLOCK,
+    FP8,
+    Part,
+    dequantized,
+    normal,
+    random_scales,
+    round_up,
+)
 
-
-@dataclass(frozen=True)
-class Part:
-    """A rank's part of one logical shard: ``[start, start + size)`` of ``total``."""
-
-    total: int
-    start: int
-    size: int
-
-    @property
-    def lead(self) -> int:
-        return self.start % BLOCK
-
-    @property
-    def span(self) -> int:
-        return round_up(self.lead + self.size)
+MERGED, ROW, QKV = (
+    "MergedColumnParallelLinear",
+    "RowParallelLinear",
+    "QKVParallelLinear",
+)
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,21 @@ class Case:
 
     @property
     def is_row(self) -> bool:
-        return self.kind == "RowParallelLinear"
+        return self.kind == ROW
 
     def parts(self, rank: int) -> list[Part]:
         """Return rank ``rank``'s part of each logical shard."""
-        if self.kind != "QKVParallelLinear":
-            return [part(size, rank, self.tp_size) for size in self.cut]
+        if self.kind != QKV:
+            return [Part.of(size, rank, self.tp_size) for size in self.cut]
         heads, kv_heads = self.cut
         replicas = max(1, self.tp_size // kv_heads)
-        kv = part(kv_heads * self.head, rank // replicas, self.tp_size // replicas)
-        return [part(heads * self.head, rank, self.tp_size), kv, kv]
+        kv = Part.of(kv_heads * self.head, rank // replicas, self.tp_size // replicas)
+        return [Part.of(heads * self.head, rank, self.tp_size), kv, kv]
 
     def aligned(self) -> "Case":
         """Return the stock layer of the next aligned size: the control."""
         sizes = [round_up(p.size) * self.tp_size for p in self.parts(0)]
-        kind = self.kind if self.is_row else "MergedColumnParallelLinear"
+        kind = ROW if self.is_row else MERGED
         return replace(self, name=f"{self.name}, aligned", kind=kind, cut=tuple(sizes))
 
     def build(self, rank: int, device: torch.device) -> torch.nn.Module:
@@ -89,31 +86,20 @@ class Case:
         if self.is_row:
             sizes = {"input_size": self.cut[0], "output_size": self.whole}
             return {**sizes, "reduce_results": False}
-        if self.kind == "QKVParallelLinear":
-            heads, kv_heads = self.cut
-            sizes = {"hidden_size": self.whole, "head_size": self.head}
-            return {
-                **sizes,
-                "total_num_heads": heads,
-                "total_num_kv_heads": kv_heads,
-            }
-        return {"input_size": self.whole, "output_sizes": list(self.cut)}
+        if self.kind == MERGED:
+            return {"input_size": self.whole, "output_sizes": list(self.cut)}
+        heads, kv_heads = self.cut
+        sizes = {"hidden_size": self.whole, "head_size": self.head}
+        return {**sizes, "total_num_heads": heads, "total_num_kv_heads": kv_heads}
 
     def load(self, layer: torch.nn.Module, tensors: list["Quantized"], rank: int):
         """Load whole checkpoint tensors and let vLLM prepare them for its kernel."""
-        if self.is_row:
-            ids: list = [()]
-        elif self.kind == "QKVParallelLinear":
-            ids = [("q",), ("k",), ("v",)]
-        else:
-            ids = [(index,) for index in range(len(tensors))]
+        merged = [(index,) for index in range(len(tensors))]
+        ids = {ROW: [()], QKV: [("q",), ("k",), ("v",)], MERGED: merged}[self.kind]
+        weight, scale = layer.weight, layer.weight_scale_inv
         for shard_id, tensor in zip(ids, tensors, strict=True):
-            for name, value in (
-                ("weight", tensor.weight),
-                ("weight_scale_inv", tensor.scale),
-            ):
-                param = getattr(layer, name)
-                param.weight_loader(param, value, *shard_id)
+            weight.weight_loader(weight, tensor.weight, *shard_id)
+            scale.weight_loader(scale, tensor.scale, *shard_id)
         with rank_of(self.tp_size, rank):
             layer.quant_method.process_weights_after_loading(layer)
 
@@ -137,31 +123,13 @@ class Quantized:
     @classmethod
     def random(cls, rows: int, columns: int, generator: torch.Generator):
         """Make one whose neighbouring blocks differ 10x in scale."""
-        kwargs = {"device": generator.device, "dtype": torch.float32}
-        weight = torch.randn(rows, columns, generator=generator, **kwargs).to(FP8)
-        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+        weight = normal(rows, columns, generator=generator).to(FP8)
+        blocks = round_up(rows) // BLOCK, round_up(columns) // BLOCK
         return cls(weight, random_scales(*blocks, generator=generator))
 
     def dequantized(self) -> torch.Tensor:
-        rows, columns = self.weight.shape
-        scale = self.scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-        return self.weight.float() * scale[:rows, :columns]
+        return dequantized(self.weight, self.scale, (0, 0), BLOCK)
 
-
-def part(total: int, rank: int, tp_size: int) -> Part:
-    size = total // tp_size
-    return Part(total, rank * size, size)
-
-
-def round_up(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-MERGED, ROW, QKV = (
-    "MergedColumnParallelLinear",
-    "RowParallelLinear",
-    "QKVParallelLinear",
-)
 
 CASES = (
     # 64 of each rank's 1216 are half a block.

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.linear_cases import BLOCK, FP8, Case, Quantized, round_up
-from benchmarks.quantized import FP8_MAX, quantization_scale
+from benchmarks.linear_cases import Case, Quantized
+from benchmarks.quantized import BLOCK, FP8, FP8_MAX, fake_quantize, round_up
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Arithmetic:
         if not self.quantizes:
             return x
         groups = x.unflatten(-1, (-1, BLOCK))
-        return _requantized(groups, -1, self.powers_of_two).flatten(-2)
+        return fake_quantize(groups, -1, self.powers_of_two).flatten(-2)
 
     def weights(self, weight: torch.Tensor, lead: tuple[int, int]) -> torch.Tensor:
         """Return what is left of a rank's ``[rows, columns]``.
@@ -62,7 +62,7 @@ class Arithmetic:
         rows, columns = weight.shape
         padded = _on_grid(_on_grid(weight, lead[1]).T, lead[0]).T
         blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-        blocks = _requantized(blocks, (1, 3), powers_of_two=True)
+        blocks = fake_quantize(blocks, (1, 3), powers_of_two=True)
         padded = blocks.flatten(2, 3).flatten(0, 1)
         return padded.narrow(0, lead[0], rows).narrow(1, lead[1], columns)
 
@@ -84,12 +84,6 @@ def of_fp8_values(x: torch.Tensor, lead: int) -> torch.Tensor:
     codes = (groups / scale).to(FP8).float()
     codes = torch.where(groups.abs() == largest, groups.sign() * FP8_MAX, codes)
     return (codes * scale).flatten(-2).narrow(-1, lead, x.shape[-1]).to(x.dtype)
-
-
-def _requantized(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
-    scale = quantization_scale(groups, dims, powers_of_two)
-    # A product, as in vLLM's kernels: a quotient rounds some ties otherwise.
-    return (groups * scale.reciprocal()).to(FP8).float() * scale
 
 
 def expected(

@@ -37,7 +37,7 @@ from benchmarks import graph_timing
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import CASES, Case
 from benchmarks.moe_layers import Implementation, Layer, Routing, implementations
-from benchmarks.quantized import worst_columns, worst_token
+from benchmarks.quantized import normal, worst_columns, worst_token
 from benchmarks.run import Run, chosen, first_line, parsed, parser_of, started
 
 # Of 128 columns, over 64 tokens or more: bfloat16 rounds pairs' outputs and their sum
@@ -265,13 +265,7 @@ def _inputs(
     routing: Draw = Routing.random,
 ) -> tuple[torch.Tensor, list[Routing]]:
     generator = torch.Generator(run.device).manual_seed(tokens + (seed << 20))
-    x = torch.randn(
-        tokens,
-        case.hidden,
-        generator=generator,
-        device=run.device,
-        dtype=torch.bfloat16,
-    )
+    x = normal(tokens, case.hidden, generator=generator, dtype=torch.bfloat16)
     return x, [routing(case, tokens, generator) for _ in range(count)]
 
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from benchmarks.quantized import BLOCK
-from vllm_patch.fp8_tp_padding.shard import BlockShard, block_shard
+from benchmarks.quantized import BLOCK, Part
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Case:
         tp_size: Tensor-parallel size.
         why: What the case is for.
         rank: The rank that is timed.
-        has_bars: Whether the bars in moe_bars.py were set for this case.
+        has_bars: Whether the bars were set for this case.
 
     """
 
@@ -34,17 +33,17 @@ class Case:
     has_bars: bool = False
 
     @property
-    def shard(self) -> BlockShard:
+    def shard(self) -> Part:
         return self.shard_of(self.rank)
 
-    def shard_of(self, rank: int) -> BlockShard:
-        return block_shard(self.total, BLOCK, rank, self.tp_size)
+    def shard_of(self, rank: int) -> Part:
+        return Part.of(self.total, rank, self.tp_size)
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's real columns on a rank, with their scales."""
-        weights = 3 * self.shard.size * self.hidden
-        return weights + 3 * self.shard.num_blocks * self.hidden // BLOCK * 4
+        blocks = self.shard.span // BLOCK * self.hidden // BLOCK
+        return 3 * (self.shard.size * self.hidden + 4 * blocks)
 
 
 CASES = (

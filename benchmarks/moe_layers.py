@@ -8,7 +8,14 @@ import torch
 
 from benchmarks.moe_cases import Case
 from benchmarks.one_rank import rank_of
-from benchmarks.quantized import BLOCK, FP8, fake_quantize, random_scales
+from benchmarks.quantized import (
+    BLOCK,
+    FP8,
+    dequantized,
+    fake_quantize,
+    normal,
+    random_scales,
+)
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,13 @@ class Routing:
     @classmethod
     def random(cls, case: Case, num_tokens: int, generator: torch.Generator):
         """Return the top-k of random logits, their softmax renormalized."""
-        return cls._top(case, _normal((num_tokens, case.experts), generator))
+        return cls._top(case, normal(num_tokens, case.experts, generator=generator))
 
     @classmethod
     def skewed(cls, case: Case, num_tokens: int, generator: torch.Generator):
         """Send all tokens to ``2 * top_k`` experts, more to some than to others."""
-        logits = _normal((num_tokens, case.experts), generator)
-        favour = _normal((case.experts,), generator)
+        logits = normal(num_tokens, case.experts, generator=generator)
+        favour = normal(case.experts, generator=generator)
         favour[favour.topk(2 * case.top_k).indices] += 100
         return cls._top(case, logits + favour)
 
@@ -42,11 +49,6 @@ class Routing:
         loads = torch.bincount(self.ids.flatten() // local, minlength=ep_size)
         first = int(loads.argmax()) * local
         return Routing(self.weights, (self.ids - first) % experts)
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    options = {"device": generator.device, "dtype": torch.float32}
-    return torch.randn(shape, generator=generator, **options)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Arithmetic:
         return "powers of two" if self.powers_of_two else "exact"
 
     def quantized(self, x: torch.Tensor, block: int) -> torch.Tensor:
-        return fake_quantize(x, block, self.powers_of_two)
+        groups = x.unflatten(-1, (-1, block))
+        return fake_quantize(groups, -1, self.powers_of_two).flatten(-2)
 
     def intermediate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.gate_up:
@@ -154,19 +157,13 @@ class Weights:
         grid = self.lead, self.w2_scale.shape[-1] * self.block - self.lead - columns
         w13, s13 = self.w13[expert], self.w13_scale[expert]
         gate, up = (
-            x @ self._dequantized(w, s, self.lead, 0).T
+            x @ dequantized(w, s, (self.lead, 0), self.block).T
             for w, s in zip(w13.chunk(2), s13.chunk(2), strict=True)
         )
         h = torch.nn.functional.pad(arithmetic.intermediate(gate, up), grid)
         h = arithmetic.quantized(h, self.block)[:, self.lead : self.lead + columns]
         w2, s2 = self.w2[expert], self.w2_scale[expert]
-        return h @ self._dequantized(w2, s2, 0, self.lead).T
-
-    def _dequantized(self, weight, scale, row_lead: int, column_lead: int):
-        rows, columns = weight.shape
-        for dim, lead, size in ((0, row_lead, rows), (1, column_lead, columns)):
-            scale = scale.repeat_interleave(self.block, dim).narrow(dim, lead, size)
-        return weight.float() * scale
+        return h @ dequantized(w2, s2, (0, self.lead), self.block).T
 
 
 @dataclass(frozen=True)
@@ -242,6 +239,7 @@ class Layer:
                 method.process_weights_after_loading(self.experts)
         stock = type(method).__name__ == "Fp8MoEMethod"
         assert stock == what.is_stock, f"{what} got {type(method).__name__}"
+        assert stock or type(method.store).__name__ == "Compact", method.store
         self.arithmetic = (
             Arithmetic.stock(self.weights.block, device) if stock else Arithmetic.ours()
         )
@@ -296,22 +294,10 @@ def _fill(experts, case: Case, what: Implementation, seed: int) -> Weights:
     scales = experts.w13_weight_scale_inv.data, experts.w2_weight_scale_inv.data
     generator = torch.Generator(w13.device).manual_seed(seed)
     for expert in (*w13, *w2):
-        expert.copy_(_normal(expert.shape, generator).to(FP8))
+        expert.copy_(normal(*expert.shape, generator=generator).to(FP8))
     for scale in scales:
         scale.copy_(random_scales(*scale.shape, generator=generator))
     if what.is_stock:
         return Weights(w13, w2, *scales, lead=0)
-    shard = case.shard_of(what.rank)
-    if w2.shape[-1] == shard.size:
-        return Weights(w13, w2, *scales, lead=shard.lead)
-    _clear_padding(w13, w2, shard)
-    return Weights(w13, w2, *scales, lead=0)
-
-
-def _clear_padding(w13: torch.Tensor, w2: torch.Tensor, shard) -> None:
-    """Zero what the loaders of a padded store would: all but the real columns."""
-    gate, up = w13.view(torch.uint8).chunk(2, 1)
-    end = shard.lead + shard.size
-    for columns in (gate.mT, up.mT, w2.view(torch.uint8)):
-        columns[..., : shard.lead] = 0
-        columns[..., end:] = 0
+    lead = case.shard_of(what.rank).lead
+    return Weights(w13, w2, *scales, lead=lead)

@@ -1,10 +1,40 @@
-"""Random block-FP8 tensors, and what they stand for in fp32."""
+"""Block-FP8 tensors: a rank's part of them, and what they stand for in fp32."""
+
+from dataclasses import dataclass
 
 import torch
 
 BLOCK = 128
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a dimension: ``[start, start + size)`` of ``total``."""
+
+    total: int
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, total: int, rank: int, tp_size: int) -> "Part":
+        size = total // tp_size
+        return cls(total, rank * size, size)
+
+    @property
+    def lead(self) -> int:
+        """Position of the first element in its quant block."""
+        return self.start % BLOCK
+
+    @property
+    def span(self) -> int:
+        """Elements of the blocks that it touches."""
+        return round_up(self.lead + self.size)
+
+
+def round_up(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
 
 
 def random_scales(*blocks: int, generator: torch.Generator) -> torch.Tensor:
@@ -20,30 +50,49 @@ def random_scales(*blocks: int, generator: torch.Generator) -> torch.Tensor:
     return 0.005 * step * (1 + jitter)
 
 
-def fake_quantize(
-    x: torch.Tensor, group: int = BLOCK, powers_of_two: bool = False
+def normal(
+    *shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Round groups of the last dimension to FP8 and back, as kernels of experts do."""
-    groups = x.unflatten(-1, (-1, group))
-    if powers_of_two:
-        scale = quantization_scale(groups, -1, powers_of_two)
-    else:
-        # By a number: on a GPU, torch multiplies by its reciprocal, as Triton does.
-        # bfloat16 has many ties, and they go another way by the last bit of a scale.
-        scale = _largest(groups, -1) / FP8_MAX
-    return ((groups / scale).to(FP8).float() * scale).flatten(-2)
+    device = generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
-def quantization_scale(groups: torch.Tensor, dims, powers_of_two: bool) -> torch.Tensor:
-    """Return what the largest value along ``dims`` is divided by to become 448."""
-    largest = _largest(groups, dims)
-    # By a tensor, so that a GPU divides as well.
+def dequantized(
+    weight: torch.Tensor, scale: torch.Tensor, leads: tuple[int, int], block: int
+) -> torch.Tensor:
+    """Return ``weight * scale``, a scale for each block of a grid.
+
+    Args:
+        weight: ``[rows, columns]``.
+        scale: Of the blocks that it touches.
+        leads: Where its first row and column are in their blocks.
+        block: Rows and columns of a block.
+
+    """
+    for dim, lead in enumerate(leads):
+        size = weight.shape[dim]
+        scale = scale.repeat_interleave(block, dim).narrow(dim, lead, size)
+    return weight.float() * scale
+
+
+def fake_quantize(
+    groups: torch.Tensor, dims=-1, powers_of_two: bool = False
+) -> torch.Tensor:
+    """Round fp32 values to FP8 and back, as our kernels and vLLM's CUDA kernel do.
+
+    Args:
+        groups: Those along ``dims`` share a scale.
+        dims: A dimension or several.
+        powers_of_two: Round scales up to such.
+
+    """
+    largest = groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
+    # Scales are quotients, and codes products, rounded as IEEE says: bfloat16 has many
+    # ties, which the last bit decides. By a number, a GPU would not divide.
     scale = largest / torch.full_like(largest, FP8_MAX)
-    return scale.log2().ceil().exp2() if powers_of_two else scale
-
-
-def _largest(groups: torch.Tensor, dims) -> torch.Tensor:
-    return groups.abs().amax(dims, keepdim=True).clamp_min(1e-10)
+    if powers_of_two:
+        scale = scale.log2().ceil().exp2()
+    return (groups * scale.reciprocal()).to(FP8).float() * scale
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
