@@ -55,11 +55,14 @@ CHECKED_TOKENS = (1, 17)
 ROTATED_BYTES = 180e6
 MAX_COPIES = 256
 TOKENS = (1, 16, 256, 4096)
-
-
 # Of the time that stock takes for the next aligned size: as an engine compiles layers
 # by default, and with --enforce-eager, where taking columns is a launch of its own.
 MOST = {"compiled": 1.10, "eager": 1.25}
+ROW_FORMAT = (
+    "  {layer:26} {sizes:>13} -> {padded:>13} stock {stock:>13} {how:8} {tokens:5} "
+    "tokens {padded_us:>8} us {stock_us:>8} us {ratio:>6} "
+    "launches {padded_launches} / {stock_launches}"
+)
 # How a layer was timed, layer and tokens -> time over stock's.
 Ratios = dict[str, dict[str, float]]
 
@@ -247,48 +250,37 @@ def _time(run: Run, backend: str, case: Case, ratios: Ratios) -> None:
             return
         for how in ("eager",) if case.is_row else MOST:
             padded.how = stock.how = how
-            graphs = [padded.graph(tokens), stock.graph(tokens)]
-            times = graph_timing.microseconds(graphs)
-            ours, theirs = (
-                t / w.copies for t, w in zip(times, (padded, stock), strict=True)
-            )
-            ratios[how][f"{case.name}, {tokens} tokens"] = ours / theirs
-            launched = [len(timed.launches(tokens)) for timed in (padded, stock)]
-            where = backend, case, rank, how, tokens
-            _print_row(run, where, padded.arithmetic, ours, theirs, launched)
+            row = {"backend": backend, **_sizes(case, rank)}
+            row.update(_times(padded, stock, tokens))
+            print(ROW_FORMAT.format(**row), flush=True)
+            run.rows.add(row)
+            ratios[how][f"{case.name}, {tokens} tokens"] = float(row["ratio"])
 
 
-def _print_row(run: Run, where, arithmetic, ours, theirs, launched) -> None:
-    backend, case, rank, how, tokens = where
-    sizes = [part.size for part in case.parts(rank)]
-    spans = [part.span for part in case.parts(rank)]
-    ratio = ours / theirs
-    mark = " " if ratio <= MOST[how] else "*"
-    print(
-        f"  {case.name:26} {_join(sizes):>13} -> {_join(spans):>13} "
-        f"stock {_join(map(round_up, sizes)):>13} {how:8} {tokens:5} tokens "
-        f"{ours:8.2f} us {theirs:8.2f} us {ratio:6.2f}{mark} "
-        f"launches {launched[0]} / {launched[1]}",
-        flush=True,
-    )
-    run.rows.add(
-        {
-            "backend": backend,
-            "layer": case.name,
-            "rank": rank,
-            "sizes": _join(sizes),
-            "padded": _join(spans),
-            "stock": _join(map(round_up, sizes)),
-            "how": how,
-            "tokens": tokens,
-            "activation_scales": arithmetic,
-            "padded_us": f"{ours:.3f}",
-            "stock_us": f"{theirs:.3f}",
-            "ratio": f"{ratio:.3f}",
-            "padded_launches": launched[0],
-            "stock_launches": launched[1],
-        }
-    )
+def _times(padded: "_Timed", stock: "_Timed", tokens: int) -> dict[str, object]:
+    times = graph_timing.microseconds([padded.graph(tokens), stock.graph(tokens)])
+    ours, theirs = (t / w.copies for t, w in zip(times, (padded, stock), strict=True))
+    return {
+        "how": padded.how,
+        "tokens": tokens,
+        "activation_scales": padded.arithmetic,
+        "padded_us": f"{ours:.3f}",
+        "stock_us": f"{theirs:.3f}",
+        "ratio": f"{ours / theirs:.3f}",
+        "padded_launches": len(padded.launches(tokens)),
+        "stock_launches": len(stock.launches(tokens)),
+    }
+
+
+def _sizes(case: Case, rank: int) -> dict[str, object]:
+    parts = case.parts(rank)
+    return {
+        "layer": case.name,
+        "rank": rank,
+        "sizes": "+".join(str(part.size) for part in parts),
+        "padded": "+".join(str(part.span) for part in parts),
+        "stock": "+".join(str(round_up(part.size)) for part in parts),
+    }
 
 
 class _Timed:
@@ -398,10 +390,6 @@ def _timed_rank(case: Case) -> int:
             -rank,
         ),
     )
-
-
-def _join(sizes) -> str:
-    return "+".join(map(str, sizes))
 
 
 if __name__ == "__main__":

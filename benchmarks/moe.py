@@ -387,6 +387,7 @@ def _column(table: Table, name: str) -> dict[str, float]:
 
 
 def _record(run, case: Case, layers, tokens: int, row: dict[str, float]) -> None:
+    sizes = ("experts", "top_k", "hidden", "total", "tp_size", "rank")
     for name, twins in layers.items():
         if name not in row:
             continue
@@ -394,12 +395,7 @@ def _record(run, case: Case, layers, tokens: int, row: dict[str, float]) -> None
         run.rows.add(
             {
                 "case": case.name,
-                "experts": case.experts,
-                "top_k": case.top_k,
-                "hidden": case.hidden,
-                "total": case.total,
-                "tp_size": case.tp_size,
-                "rank": case.rank,
+                **{size: getattr(case, size) for size in sizes},
                 "columns": case.shard.size,
                 "tokens": tokens,
                 "implementation": name,

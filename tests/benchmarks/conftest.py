@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from benchmarks import graph_timing
@@ -13,3 +15,19 @@ def replays_right(request, monkeypatch):
 
     monkeypatch.setattr(graph_timing, "captured", captured)
     return request.param
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Run what would be captured, and say that graphs take 1, 2, ... microseconds."""
+
+    def capture(calls):
+        for call in calls:
+            call()
+
+    ticks = itertools.cycle([1.0, 2.0])
+    monkeypatch.setattr(graph_timing, "capture", capture)
+    monkeypatch.setattr(graph_timing, "launches", lambda call: ["kernel"])
+    monkeypatch.setattr(
+        graph_timing, "microseconds", lambda graphs: [next(ticks) for _ in graphs]
+    )

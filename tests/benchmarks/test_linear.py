@@ -1,5 +1,8 @@
 """The check that stands before the timings of linear layers."""
 
+import csv
+import io
+
 import pytest
 import torch
 
@@ -67,6 +70,23 @@ def test_a_replay_must_read_its_input_anew(plugin, replays_right):
     x = linear._activations(run, case, 1, 3, layer)
     linear._check_replay(run, case, layer, 1, x)
     assert len(run.problems) == (0 if replays_right else 1)
+
+
+def test_rows_and_bars(plugin, monkeypatch, clock, capsys):
+    monkeypatch.setattr(linear.linear_in_model, "compiled", lambda call: call)
+    monkeypatch.setattr(linear, "ROTATED_BYTES", 1)
+    file, backend = io.StringIO(), "TritonFp8BlockScaledMMKernel"
+    run = linear.Run(torch.device("cpu"), [3], Rows(file, {}))
+    with linear._only(backend):
+        linear._run_backend(run, backend, CASES[:1], timed=True)
+    out = capsys.readouterr().out
+    name = "over stock of the next aligned size"
+    assert f"PASS compiled, {name}: 0.50 <= 1.1 (gate_up, 3 tokens)" in out
+    assert f"PASS eager, {name}: 0.50 <= 1.25 (gate_up, 3 tokens)" in out
+    rows = list(csv.DictReader(io.StringIO(file.getvalue())))
+    assert [row["how"] for row in rows] == ["compiled", "eager"]
+    assert rows[0]["sizes"] == "96+96" and rows[0]["stock"] == "128+128"
+    assert not run.problems and not run.missed
 
 
 def test_nothing_checked_does_not_pass(plugin):

@@ -1,5 +1,7 @@
 """The check that stands before the timings of experts, and what is made of them."""
 
+import csv
+import io
 import math
 from dataclasses import replace
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import moe, moe_layers
+from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
 from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
@@ -126,6 +129,22 @@ def test_the_worst_loaded_rank_comes_first():
 
 def a_run():
     return moe.ExpertsRun(torch.device("cpu"), [3], Rows(None, {}))
+
+
+def test_rows_and_means(plugin, clock, capsys):
+    file, columns = io.StringIO(), ["ours", "padded"]
+    run = replace(a_run(), rows=Rows(file, {}), limits=Limits(1e12, 1e12, 1))
+    moe._start_workspace(run.device)
+    able = {name: moe_layers.implementations(CASE)[name] for name in columns}
+    moe._time(run, CASE, able)
+    header, tokens, means = capsys.readouterr().out.splitlines()[:3]
+    assert header.split()[:2] == ["tokens", "floor"]
+    # Eight calls a graph: 1 / 8 and 2 / 8.
+    assert tokens.split()[2:4] == ["0.12", "0.25"] and tokens.split()[7] == "2.00"
+    assert means.split()[7] == "2.00"
+    rows = list(csv.DictReader(io.StringIO(file.getvalue())))
+    assert [row["implementation"] for row in rows] == columns
+    assert [row["stored_columns"] for row in rows] == ["192", "256"]
 
 
 def test_bars_say_what_was_worst_and_where(capsys):
