@@ -145,6 +145,7 @@ def check_imports(tree: Path) -> None:
 
 def check_command(tree: Path) -> None:
     """``vllm-patch apply`` does what git am did, and takes both out again."""
+    git(tree, "clean", "--quiet", "-xdf")  # What imports and tests left.
     patched = git(tree, "rev-parse", "HEAD^{tree}")
     base = git(tree, "rev-parse", f"HEAD~{len(COMMITS)}^{{tree}}")
     run_command("apply", str(tree), "--check")

@@ -267,10 +267,10 @@ def test_the_plugin_stands_down_in_a_patched_vllm(patched_vllm):
 
 
 def test_a_folder_that_an_upgrade_left_behind_is_no_reason(patched_vllm):
-    for hooked in ("envs.py", "model_executor/layers/quantization/fp8.py"):
-        import vllm
+    import vllm
 
-        shutil.copyfile(Path(vllm.__path__[0]) / hooked, patched_vllm / "vllm" / hooked)
+    for hooked in (path for path in STOCK[vllm.__version__] if path[:5] == "vllm/"):
+        shutil.copyfile(Path(vllm.__path__[0]).parent / hooked, patched_vllm / hooked)
     said, wrapped, mode, _ = printed_by(REGISTER_TWICE)
     assert said == []
     assert wrapped
