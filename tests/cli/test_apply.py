@@ -250,7 +250,8 @@ def test_a_folder_left_over_by_an_upgrade(tree, release, capsys):
         shutil.copyfile(fetch(release) / path, tree / path)
     message = refused(capsys, tree)
     assert "remove fp8_tp_padding/ where it is left over" in message
-    assert f"Nearest is {release}, but not in " in message and OURS in message
+    assert f"Nearest is {release}, but not in {TESTS}/__init__.py, " in message
+    assert " and more. Restore" in message
 
 
 @pytest.mark.parametrize("place", [FP8, str(Path(FP8).parent), "vllm/envs.py"])

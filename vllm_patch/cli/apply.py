@@ -116,8 +116,8 @@ def _turned(root: Path) -> tuple[str, bool, Files]:
     raise UsageError(
         f"{root} has local edits, a part of the change, or another release than "
         f"{', '.join(STOCK)}. Nearest is {nearest}, but not in "
-        f"{', '.join(foreign[nearest])}. Restore vLLM's own files, and remove "
-        "fp8_tp_padding/ where it is left over."
+        f"{', '.join(foreign[nearest][:5])}{' and more' * (len(foreign[nearest]) > 5)}. "
+        "Restore vLLM's own files, and remove fp8_tp_padding/ where it is left over."
     )
 
 
