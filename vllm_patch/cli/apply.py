@@ -112,12 +112,12 @@ def _turned(root: Path) -> tuple[str, bool, Files]:
             foreign[release] = _foreign(stock, release)
             if not foreign[release]:
                 return release, True, stock
-    nearest = min(foreign, key=lambda release: len(foreign[release]))
+    nearest, wrong = min(foreign.items(), key=lambda item: len(item[1]))
     raise UsageError(
         f"{root} has local edits, a part of the change, or another release than "
         f"{', '.join(STOCK)}. Nearest is {nearest}, but not in "
-        f"{', '.join(foreign[nearest][:5])}{' and more' * (len(foreign[nearest]) > 5)}. "
-        "Restore vLLM's own files, and remove fp8_tp_padding/ where it is left over."
+        f"{', '.join(wrong[:5])}{' and more' * (len(wrong) > 5)}. Restore vLLM's own "
+        "files, and remove fp8_tp_padding/ where it is left over."
     )
 
 
