@@ -48,7 +48,7 @@ test: lint kernels
 	echo "== git patches"; \
 	$(PYTEST) -q $(WORKERS) --vllm installed tests/patches; \
 	printf '%s\n' $(PATCHED) | \
-	  xargs -n 1 -P 4 $(TEST)/bin/python -m patches.generator check; \
+	  xargs -n 1 -P 4 $(TEST)/bin/python -m patches.check; \
 	echo "== the engine of vLLM $(VLLM_CPU) for CPUs"; \
 	$(PYTEST) -v --vllm installed tests/engine
 
@@ -56,17 +56,19 @@ test: lint kernels
 test-all:
 	$(MAKE) test RELEASES="$(ALL_RELEASES)"
 
-# Writes patches/vX.Y.Z/ from the package, its tests and the hooks.
+# Writes patches/v0.33.0/, the series that goes upstream.
 patches: $(TEST)/ready
-	$(TEST)/bin/python -m patches.generator write
+	rm -rf patches/v0.33.0
+	$(TEST)/bin/vllm-patch series 0.33.0 patches/v0.33.0
 
-# All releases: same bytes, git am, imports after each commit, vllm-patch apply.
+# The series of all releases: git am, imports after each commit, vllm-patch apply; and
+# the bytes of the one in git.
 check-patches: $(TEST)/ready
-	$(TEST)/bin/python -m patches.generator check --every-commit
+	$(TEST)/bin/python -m patches.check --every-commit
 
-# The tests in the patches, in patched trees without the plugin; 15 minutes.
+# The tests in the series, in patched trees without the plugin; 20 minutes.
 test-patches: $(TEST)/ready
-	$(TEST)/bin/python -m patches.generator check --run-tests 0.26.0 0.28.0 0.33.0
+	$(TEST)/bin/python -m patches.check --run-tests 0.26.0 0.28.0 0.33.0
 
 # Compiles the masked kernels, without a GPU: registers, spills, shared memory.
 kernels: $(TEST)/ready

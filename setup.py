@@ -19,12 +19,12 @@ setup(
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["vllm_patch", "vllm_patch.*"]),
-        "vllm_patch.patches",
+        "vllm_patch.series.tests",
     ],
-    # What `vllm-patch apply` applies. The generator stays in the repository.
-    package_dir={"vllm_patch.patches": "patches"},
+    # What goes upstream with the package, so that a wheel writes the same series.
+    package_dir={"vllm_patch.series.tests": "tests/fp8_tp_padding"},
     package_data={
-        "vllm_patch.patches": ["v*/series", "v*/*.patch"],
+        "vllm_patch.series": ["hooks/*.json", "hooks/*/*.diff"],
         "vllm_patch.fp8_tp_padding.kernels": ["configs/*.json"],
         # No package: its folder goes on PYTHONPATH.
         "vllm_patch.cli.cpu_fp8": ["on_start/*.py"],

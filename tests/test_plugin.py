@@ -16,8 +16,8 @@ import pytest
 
 from vllm_patch import patch_table, releases
 from vllm_patch import plugin as plugin_module
-from vllm_patch.cli import patch_series
 from vllm_patch.cli.main import main
+from vllm_patch.series.diffs import STOCK
 
 TARGETS = {patch.name: patch for patch in patch_table.PATCHES}
 
@@ -220,7 +220,7 @@ def patched_vllm(tmp_path, monkeypatch) -> Path:
     """A copy of the vLLM under test, with the git patches; new Pythons import it."""
     import vllm
 
-    if vllm.__version__ not in patch_series.read_all():
+    if vllm.__version__ not in STOCK:
         pytest.skip("this release has no git patches")
     tree = tmp_path / "vllm-src"
     package = Path(vllm.__path__[0])
@@ -267,10 +267,10 @@ def test_the_plugin_stands_down_in_a_patched_vllm(patched_vllm):
 
 
 def test_a_folder_that_an_upgrade_left_behind_is_no_reason(patched_vllm):
-    for hooked in ("envs.py", "model_executor/layers/quantization/fp8.py"):
-        import vllm
+    import vllm
 
-        shutil.copyfile(Path(vllm.__path__[0]) / hooked, patched_vllm / "vllm" / hooked)
+    for hooked in (path for path in STOCK[vllm.__version__] if path[:5] == "vllm/"):
+        shutil.copyfile(Path(vllm.__path__[0]).parent / hooked, patched_vllm / hooked)
     said, wrapped, mode, _ = printed_by(REGISTER_TWICE)
     assert said == []
     assert wrapped

@@ -91,36 +91,3 @@ def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
 def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
     layer = build(384, 2, 1, **kwargs)
     assert layer.quant_method.store == Padded(reason)
-
-
-COMPACT = "1 MoE layers, 384 / TP 2 = 192 stored compact, for masked Triton kernels"
-PADDED = "1 MoE layers, 384 / TP 2 = 192 padded to 256 (VLLM_FP8_TP_PADDING=padded)"
-ADDED = "0.1 MiB of padding on the largest rank"
-
-
-@pytest.mark.parametrize(
-    ("modes", "parts"),
-    [
-        (["auto"], [COMPACT]),
-        (["padded"], [PADDED, ADDED]),
-        (["auto", "padded"], [COMPACT, PADDED, ADDED]),
-    ],
-    ids=["compact", "padded", "some of both"],
-)
-def test_the_log_line_says_what_is_stored_and_why(
-    monkeypatch, padding_log, modes, parts
-):
-    """It speaks of padding only where there is some."""
-    checkpoint = Checkpoint.random(384)
-    layers = []
-    for mode in modes:
-        monkeypatch.setenv("VLLM_FP8_TP_PADDING", mode)
-        layers.append(build(384, 2, 0))
-        load(layers[-1], checkpoint)
-    for layer in layers:
-        experts.process(layer, 2, 0)
-    (line,) = padding_log()
-    assert line.getMessage() == (
-        f"FP8 layers cut inside quant blocks: {'; '.join(parts)}. "
-        "VLLM_FP8_TP_PADDING=off goes back to stock vLLM."
-    )

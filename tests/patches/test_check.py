@@ -1,88 +1,79 @@
 """``make check-patches`` sees what it is there to see."""
 
+import shutil
+
 import pytest
 
-from patches.generator import check
-from patches.generator.check import CheckError
-from patches.generator.generate import git, write_series
-from tests.vllm_tree import fetch
+from patches import check
+from patches.check import CheckError, git
+from vllm_patch.cli.main import main
+from vllm_patch.series.commits import COMMITS, LIBRARY
+from vllm_patch.series.diffs import STOCK, new_files
 
 
 @pytest.fixture
-def committed(release, tmp_path):
+def series(release, tmp_path):
     folder = tmp_path / f"v{release}"
-    write_series(release, fetch(release), folder)
+    assert main(["series", release, str(folder)]) == 0
     return folder
 
 
-def compare(release, committed, tmp_path):
-    return check.check_bytes(release, committed, tmp_path / "again")
+def test_the_series_in_git_is_what_the_package_writes(tmp_path):
+    committed = check.REPOSITORY / "patches" / f"v{check.COMMITTED}"
+    assert main(["series", check.COMMITTED, str(tmp_path / "series")]) == 0
+    check.check_bytes(committed, tmp_path / "series")
 
 
-def test_same_bytes(release, committed, tmp_path):
-    names = compare(release, committed, tmp_path)
-    assert [(committed / name).is_file() for name in names] == [True] * len(names)
-
-
-def test_one_byte(release, committed, tmp_path):
-    patch = sorted(committed.glob("*.patch"))[1]
-    patch.write_bytes(patch.read_bytes().replace(b"shard", b"Shard", 1))
+@pytest.mark.parametrize("change", ["a byte", "a patch too few", "a patch too many"])
+def test_other_bytes(series, tmp_path, change):
+    committed = tmp_path / "committed"
+    shutil.copytree(series, committed)
+    patch = sorted(committed.iterdir())[1]
+    if change == "a patch too few":
+        patch.unlink()
+    elif change == "a patch too many":
+        patch = committed / "0009-mine.patch"
+        patch.write_text("")
+    else:
+        patch.write_bytes(patch.read_bytes().replace(b"shard", b"Shard", 1))
     with pytest.raises(CheckError, match=f"^{patch.name} in .* differ from what is"):
-        compare(release, committed, tmp_path)
+        check.check_bytes(committed, series)
 
 
-def test_a_patch_too_few(release, committed, tmp_path):
-    patch = sorted(committed.glob("*.patch"))[0]
-    patch.unlink()
-    with pytest.raises(CheckError, match=f"^{patch.name} in"):
-        compare(release, committed, tmp_path)
+def test_a_release_that_is_not_as_the_table_says(release, monkeypatch):
+    check.check_stock(release)
+    monkeypatch.setitem(STOCK, release, {**STOCK[release], "vllm/envs.py": "0" * 40})
+    with pytest.raises(CheckError, match="stock.json must say"):
+        check.check_stock(release)
 
 
-def test_a_patch_too_many(release, committed, tmp_path):
-    (committed / "0009-mine.patch").write_text("")
-    with pytest.raises(CheckError, match="^0009-mine.patch in"):
-        compare(release, committed, tmp_path)
-
-
-def test_a_change_of_the_package(release, committed, sources, tmp_path):
-    with (sources / "vllm_patch/fp8_tp_padding/shard.py").open("a") as file:
-        file.write("# changed\n")
-    with pytest.raises(CheckError, match="^0001-.*.patch in .* differ"):
-        compare(release, committed, tmp_path)
-
-
-def test_a_patch_that_does_not_apply(release, committed, tmp_path):
+def test_a_patch_that_does_not_apply(series, tmp_path):
     tree = tmp_path / "tree"
     (tree / "vllm").mkdir(parents=True)
     (tree / "vllm" / "envs.py").write_text("")
     git(tree, "init", "--quiet")
     git(tree, "add", "--all")
     git(tree, "commit", "--quiet", "--message", "vLLM")
-    (patch,) = (
-        path
-        for path in committed.glob("*.patch")
-        if "\ndiff --git a/vllm/envs.py" in path.read_text()
-    )
+    patch = sorted(series.iterdir())[0]
     with pytest.raises(CheckError, match=f"git am {patch.name}: .*"):
         check.apply_patch(tree, patch)
 
 
 def test_a_tree_with_other_bytes(tmp_path):
-    source = "vllm_patch/fp8_tp_padding/shard.py"
-    copy = tmp_path / check.in_tree(source)
-    copy.parent.mkdir(parents=True)
-    text = (check.REPOSITORY / source).read_bytes()
-    copy.write_bytes(text)
-    check.check_sources(tmp_path, [source])
-    copy.write_bytes(text.replace(b"lead", b"head", 1))
+    for path, file in new_files(COMMITS[0]).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, tmp_path / path)
+    check.check_sources(tmp_path, COMMITS[0])
+    with (tmp_path / LIBRARY / "slices" / "shard.py").open("a") as file:
+        file.write("# mine\n")
     with pytest.raises(CheckError, match="is not the same as"):
-        check.check_sources(tmp_path, [source])
+        check.check_sources(tmp_path, COMMITS[0])
 
 
-def test_a_tree_that_does_not_import(release, tmp_path):
+def test_a_tree_that_does_not_import(tmp_path):
     tree = tmp_path / "tree"
-    (tree / check.LIBRARY).mkdir(parents=True)
-    (tree / check.LIBRARY / "moe.py").write_text("import no_such_module")
+    (tree / LIBRARY).mkdir(parents=True)
+    (tree / LIBRARY / "experts.py").write_text("import no_such_module")
     (tree / "vllm" / "__init__.py").write_text("")
     with pytest.raises(CheckError, match="does not import"):
         check.check_imports(tree)

@@ -7,7 +7,7 @@ import signal
 import sys
 
 from vllm_patch import __version__
-from vllm_patch.cli import apply, parity, status
+from vllm_patch.cli import apply, parity, series, status
 from vllm_patch.cli.errors import UsageError
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (parity, status, apply):
+    for module in (parity, status, apply, series):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     # As Ctrl-C does: what runs is ended, what is temporary is removed.
