@@ -47,7 +47,8 @@ def hooks_of(commit: Commit, release: str) -> dict[str, str]:
         first, last = file.parent.name.split("-")
         if Version(first) <= Version(release) <= Version(last):
             for diff in re.split(r"^(?=diff --git )", file.read_text(), flags=re.M)[1:]:
-                hooks[re.match(r"diff --git a/(.+) b/", diff)[1]] = diff
+                path = re.match(r"diff --git a/(.+) b/", diff)[1]
+                hooks[path] = hooks.get(path, "") + diff
     return hooks
 
 
