@@ -13,12 +13,12 @@ from pathlib import Path
 
 from pypi_simple import PyPISimple
 
-# The package, the metadata that vLLM reads its version from, and what patches/ touch
-# or look at. Not tests/__init__.py: it would take our tests' name.
+# The package, the metadata that vLLM reads its version from, and what the series touch
+# or their tests import. Not tests/__init__.py: it would take our tests' name.
 WANTED = (
     "vllm/",
     "vllm.egg-info/",
-    "tests/kernels/moe/",
+    "tests/kernels/",
     "setup.py",
     "pyproject.toml",
     "PKG-INFO",
