@@ -10,6 +10,6 @@ same bytes work inside the plugin and inside a vLLM source tree.
     kernels/   what multiplies it
     methods/   which method offers it to vLLM
 
-Each imports those above it only; methods/ are what vLLM calls. Masked kernels are
-offered to vLLM's own choice of experts, so methods/ know them by a property.
+Each imports those above it. The experts among kernels/ are vLLM's to choose: methods/ know
+them by a property, and import none.
 """
