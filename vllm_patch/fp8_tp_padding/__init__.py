@@ -10,6 +10,6 @@ same bytes work inside the plugin and inside a vLLM source tree.
     kernels/   what multiplies it
     methods/   which method offers it to vLLM
 
-Each imports those above it. The experts among kernels/ are vLLM's to choose: methods/ know
-them by a property, and import none.
+Each imports those above it. The experts among kernels/ are vLLM's to choose: methods/
+know them by a property, and import none.
 """
