@@ -24,12 +24,15 @@ CASE = Case("tiny", 4, 2, 256, 384, 2, why="small")
 def check(monkeypatch, plugin):
     """Return the command for a case that a CPU can run."""
     monkeypatch.setattr(moe, "CASES", [CASE])
-    arguments = ["--check-only", "--tokens", "64", "--columns", "ours", "padded"]
-    return lambda: moe.main(arguments)
+    arguments = ["--check-only", "--columns", "ours", "padded", "--tokens"]
+    return lambda tokens=64: moe.main([*arguments, str(tokens)])
 
 
-def test_the_plugins_layer_passes(check):
-    assert check() == 0
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_the_plugins_layer_passes(check, monkeypatch, tokens):
+    """Pair by pair, and sorted."""
+    monkeypatch.setattr(moe, "AVERAGED_TOKENS", 2)
+    assert check(tokens) == 0
 
 
 def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys):
