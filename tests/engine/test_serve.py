@@ -26,8 +26,8 @@ from vllm_patch.cli.synthetic import write_checkpoint
 AVX2_ONLY = Path(__file__).parent / "avx2_only"
 QWEN3_MOE = Path(__file__).parent.parent / "models" / "qwen3_moe_1536.json"
 START_SECONDS = 600
-# How far stock TP 2 of the model widened to 512 columns was from stock TP 1.
-CONTROL = Difference(mean=0.0055, max=0.05, top1=1.0, positions=128)
+# How far stock at another TP is from stock TP 1 in `make demo`; a wrong lead is 0.13.
+CONTROL = Difference(mean=0.0061, max=0.268, top1=0.986, positions=928)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -147,7 +147,6 @@ def test_installed_package_serves_a_cut_size(
     assert answer["usage"]["completion_tokens"] == 4
     assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"])
     gap = comparison.difference(expected, scores(answers, prompts))
-    print(gap)
     assert gap.within(comparison.limits(CONTROL)), gap
     lines = [line for line in log.read_text().splitlines() if "FP8 layers cut" in line]
     assert len(lines) == 1
