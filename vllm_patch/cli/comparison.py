@@ -47,17 +47,10 @@ class Difference:
 def difference(baseline: dict, other: dict) -> Difference:
     """Compare two ``engine_run`` results; a NaN counts as infinitely far."""
     pairs = zip(baseline["logprobs"], other["logprobs"], strict=True)
-    gaps = [abs(a - b) for a, b in pairs]
-    gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
-    same = [
-        a == b for a, b in zip(baseline["top_tokens"], other["top_tokens"], strict=True)
-    ]
-    return Difference(
-        mean=sum(gaps) / len(gaps),
-        max=max(gaps),
-        top1=sum(same) / len(same),
-        positions=len(gaps),
-    )
+    gaps = [math.inf if math.isnan(a - b) else abs(a - b) for a, b in pairs]
+    tops = zip(baseline["top_tokens"], other["top_tokens"], strict=True)
+    count, same = len(gaps), sum(a == b for a, b in tops)
+    return Difference(sum(gaps) / count, max(gaps), same / count, count)
 
 
 def limits(control: Difference, is_same_tp: bool = False) -> tuple[float, float]:

@@ -103,12 +103,10 @@ class Verdict:
             spent = f"{result.seconds:.0f}", f"{result.peak_bytes / GIB:.1f}"
             lines.append(_row(width, process.label, outcome, *gaps, *spent))
         lines.append("")
-        if "patched" in self.results:  # The last one, so all were made.
-            stock_process, stock = self.results["stock"]
-            if stock.error:
-                lines.append(f"{stock_process.label}: {stock.error}")
-            if padding := self.results["patched"][1].padding:
-                lines.append(padding)
+        for process, result in self.results.values():
+            if result.error and process.label not in str(self):
+                lines.append(f"{process.label}: {result.error}")
+            lines += filter(None, [result.padding])
         lines += self.results["baseline"][1].operators
         if control := self.differences.get("control"):
             mean, most = self.limits
@@ -137,7 +135,6 @@ class Verdict:
 
 
 def _row(width: int, label: str, outcome: str, *cells: str) -> str:
-    widths = (14, 14, 10, 10, 8)
-    return f"{label:<{width}}{outcome:<8}" + "".join(
-        f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)
+    return "{:<{}}{:<8}{:>14}{:>14}{:>10}{:>10}{:>8}".format(
+        label, width, outcome, *cells
     )
