@@ -17,9 +17,8 @@ ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 
 DEMO := .venv-demo
 TEST := .venv-test
-# Each run of pytest adds what it skipped.
-SKIPS := $(TEST)/skipped
-PYTEST = $(TEST)/bin/python -m pytest --skips=$(SKIPS)
+# Each run of pytest adds what it skipped to a file of this `make test`.
+PYTEST = $(TEST)/bin/python -m pytest --skips=$$skips
 # A process that imports vLLM takes up to 1 GB.
 WORKERS := -n auto --maxprocesses 4
 
@@ -34,13 +33,14 @@ demo: $(DEMO)/ready
 
 # Lint, kernels, the real classes of $(RELEASES), then the real engine.
 test: lint kernels
-	@: > $(SKIPS)
-	@trap 'if test -s $(SKIPS); then \
-	    echo "== skipped, of all of the above"; sort $(SKIPS); \
-	  else echo "nothing was skipped"; fi' EXIT; \
+	@skips=$$(mktemp); trap 'if test -s $$skips; then \
+	    echo "== skipped, of all of the above"; sort $$skips; \
+	  else echo "nothing was skipped"; fi; rm -f $$skips' EXIT; \
 	set -e; for release in $(RELEASES); do \
 	  case " $(ENDS) " in *" $$release "*) skip= ;; \
-	    *) skip="$(ENDS_TESTS:%=--ignore %)" ;; esac; \
+	    *) skip="$(ENDS_TESTS:%=--ignore %)"; \
+	      printf "vLLM $$release, %s: all, run on $(ENDS) only\n" $(ENDS_TESTS) \
+	        >> $$skips ;; esac; \
 	  echo "== vLLM $$release"; \
 	  $(PYTEST) -q $(WORKERS) --dist worksteal \
 	    --vllm $$release --ignore tests/engine --ignore tests/patches $$skip; \

@@ -25,7 +25,8 @@ def write(tmp_path, fields) -> Path:
 
 def test_sizes():
     config = ModelConfig.read(QWEN3_MOE)
-    assert (config.block, config.vocab_size, config.expert_size) == (128, 4096, 1536)
+    assert (config.block, config.vocab_size) == (128, 4096)
+    assert config.mlp_sizes == {"moe_intermediate_size": 1536}
     assert [tp for tp in (1, 2, 4, 8, 16) if config.cuts(tp)] == [8, 16]
 
 
@@ -87,6 +88,8 @@ def test_a_widened_model_is_cut_in_its_attention_only():
         ({"num_key_value_heads": 6, "num_attention_heads": 24}, 4, "num_key_value_hea"),
         ({"num_key_value_heads": 2}, 8, None),  # KV heads on four ranks each
         ({"moe_intermediate_size": 1532}, 8, "moe_intermediate_size = 1532"),
+        ({"vocab_size": 4097}, 8, None),  # Rounded up to 65 times 64.
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 3, "vocab_size = 4096"),
     ],
 )
 def test_what_cannot_be_shared_out(tmp_path, fields, changes, tp, undivided):
@@ -98,15 +101,82 @@ def test_a_nested_language_model(tmp_path, fields):
     quantization = fields.pop("quantization_config")
     nested = {"text_config": fields, "quantization_config": quantization}
     config = ModelConfig.read(write(tmp_path, nested))
-    assert config.expert_size == 1536
+    assert config.mlp_sizes == {"moe_intermediate_size": 1536}
     assert config.with_layers(1).text["num_hidden_layers"] == 1
 
 
 def test_experts_under_the_dense_name(tmp_path, fields):
     del fields["moe_intermediate_size"]
-    assert ModelConfig.read(write(tmp_path, fields)).expert_size is None
-    fields["num_local_experts"] = 8
-    assert ModelConfig.read(write(tmp_path, fields)).expert_size == 2048
+    for count, only in ({"num_experts": 0}, False), ({"num_local_experts": 8}, True):
+        config = ModelConfig.read(write(tmp_path, {**fields, **count}))
+        assert config.mlp_sizes == {"intermediate_size": 2048}
+        assert config.cuts_experts_only(32) is False  # The attention, too.
+        config = config._with_text(intermediate_size=1536)
+        assert config.cuts(8) and config.cuts_experts_only(8) is only
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        # ERNIE 4.5, whose first layer is dense.
+        (
+            {"moe_layer_start_index": 1, "moe_num_shared_experts": 2},
+            ["moe_intermediate_size", "intermediate_size"],
+        ),
+        ({"moe_layer_interval": 2}, ["moe_intermediate_size", "intermediate_size"]),
+        ({"moe_layer_end_index": 0}, ["moe_intermediate_size", "intermediate_size"]),
+        ({"moe_layer_end_index": 1}, ["moe_intermediate_size"]),
+        (
+            {"mlp_layer_types": ["dense", "sparse"]},
+            ["moe_intermediate_size", "intermediate_size"],
+        ),
+        # Bailing.
+        (
+            {"num_shared_experts": 1, "moe_shared_expert_intermediate_size": 512},
+            ["moe_intermediate_size", "moe_shared_expert_intermediate_size"],
+        ),
+        ({"shared_expert_intermediate_size": 0}, ["moe_intermediate_size"]),
+    ],
+)
+def test_other_spellings(tmp_path, fields, changes, sizes):
+    config = ModelConfig.read(write(tmp_path, {**fields, **changes}))
+    assert set(config.mlp_sizes) == set(sizes)
+
+
+@pytest.mark.parametrize(
+    "name", ["n_shared_experts", "num_shared_experts", "moe_num_shared_experts"]
+)
+def test_shared_experts_are_cut_with_routed_ones(tmp_path, fields, name):
+    for shared in 0, 1:
+        config = ModelConfig.read(write(tmp_path, {**fields, name: shared}))
+        assert config.cuts_experts_only(8) is not bool(shared)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # LongCat, Bailing with two in one, Granite, Step, Llama 4.
+        ({"ffn_hidden_size": 12288}, "has ffn_hidden_size = 12288: parity does not"),
+        ({"expert_ffn_hidden_size": 2048}, "has expert_ffn_hidden_size = 2048: "),
+        (
+            {"num_shared_experts": 2, "moe_shared_expert_intermediate_size": 576},
+            "has moe_shared_expert_intermediate_size = 576: ",
+        ),
+        ({"shared_intermediate_size": 1024}, "has shared_intermediate_size = 1024: "),
+        ({"share_expert_dim": 2048}, "has share_expert_dim = 2048: parity does not"),
+        ({"intermediate_size_mlp": 16384}, "has intermediate_size_mlp = 16384: "),
+        ({"moe_intermediate_size": [1536, 512]}, r"= \[1536, 512\]; give a number"),
+        ({"num_hidden_layers": None}, "has num_hidden_layers = None; give a number"),
+        ({"vocab_size": "many"}, "has vocab_size = 'many'; give a number"),
+        (
+            {"num_experts": 0, "moe_intermediate_size": 0, "intermediate_size": 0},
+            "has no intermediate_size: parity does not",
+        ),
+    ],
+)
+def test_sizes_that_are_not_known_are_refused(tmp_path, fields, changes, message):
+    with pytest.raises(UsageError, match=message):
+        ModelConfig.read(write(tmp_path, {**fields, **changes}))
 
 
 def test_layers_are_cut_with_their_types(tmp_path, fields):
@@ -118,13 +188,13 @@ def test_layers_are_cut_with_their_types(tmp_path, fields):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(UsageError, match="none.json: No such file or directory"):
+    with pytest.raises(UsageError, match="No such file .*none.json'. Give the config"):
         ModelConfig.read(tmp_path / "none.json")
 
 
 def test_not_json(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UsageError, match="config.json is not JSON"):
+    with pytest.raises(UsageError, match="config.json: Expecting property name"):
         ModelConfig.read(tmp_path / "config.json")
 
 

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.cli.test_model_config import QWEN3_MOE
 from vllm_patch import plugin
-from vllm_patch.cli import cpu_fp8, engine_process, parity
+from vllm_patch.cli import engine_process, parity
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
 
@@ -34,18 +35,19 @@ def engine(monkeypatch, tmp_path):
             "stock TP 8": (None, "ValueError: 192 is not divisible", None),
             "patched TP 8": (shifted(0.01), None, PADDING),
         }
+        operators = {}
+        outside = False
         asked = []
 
-    def run(process, prompts, directory, timeout, env):
-        Engine.asked.append((process, prompts))
-        Engine.env = env
+    def run(process, batches, directory, timeout):
+        Engine.asked.append((process, batches))
         scores, error, padding = Engine.results[process.label]
-        return EngineResult(scores, error, padding, 1.0, 3 << 30, tmp_path / "log")
+        operators = Engine.operators.get(process.label, [])
+        outside = Engine.outside and bool(error)
+        return EngineResult(scores, error, outside, padding, operators, 1.0, 3 << 30)
 
     monkeypatch.setattr(engine_process, "run", run)
     monkeypatch.setattr(parity, "_on_cpu", lambda: False)
-    Engine.asked = []
-    Engine.results = dict(Engine.results)
     return Engine
 
 
@@ -80,6 +82,7 @@ def test_parity_holds(engine, model, capsys):
     assert "stock TP 8: ValueError: 192 is not divisible" in out
     assert PADDING in out
     assert out.endswith("PARITY HOLDS\n")
+    assert "exactly 0" not in out
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,24 @@ def test_no_parity_says_why(engine, model, capsys, result, failure):
     engine.results["patched TP 8"] = result
     assert run(model) == 1
     assert capsys.readouterr().out.endswith(f"NO PARITY: {failure}\n")
+
+
+def test_a_patched_run_that_the_machine_ended_is_not_judged(engine, model, capsys):
+    engine.results["patched TP 8"] = (None, "no result after 5 s", None)
+    engine.outside = True
+    assert run(model) == 2
+    out = capsys.readouterr().out
+    assert out.endswith("CANNOT BE JUDGED: patched TP 8 failed: no result after 5 s\n")
+
+
+def test_a_control_of_exactly_0_is_said_and_denies_nothing(engine, model, capsys):
+    engine.results["stock TP 4 (control)"] = (SCORES, None, None)
+    assert run(model) == 2
+    out = capsys.readouterr().out
+    assert "max 0.0100 (the control is exactly 0: it saw no noise)" in out
+    assert "control has the same TP or is exactly 0" in out.splitlines()[-1]
+    engine.results["patched TP 8"] = (SCORES, None, PADDING)
+    assert run(model) == 0
 
 
 @pytest.mark.parametrize(
@@ -150,7 +171,7 @@ def test_what_cannot_be_judged_is_no_verdict(
 @pytest.mark.parametrize(
     ("by", "code", "last"),
     [
-        # Measured: the control, and an engine as good as stock at another TP.
+        # As far as an engine as good as stock at another TP, and less.
         (0.0064, 2, "CANNOT BE JUDGED: patched is farther from the baseline than the"),
         (0.004, 0, "PARITY HOLDS"),
         (0.2, 1, "NO PARITY: patched is farther from the baseline than noise"),
@@ -188,60 +209,24 @@ def test_what_the_engine_is_asked_for(engine, model):
     processes = [process for process, _ in engine.asked]
     assert [p.patched for p in processes] == [False, False, False, True]
     assert {p.engine["max_model_len"] for p in processes} == {512}
-    prompts = [prompts for _, prompts in engine.asked]
-    assert all(each == prompts[0] for each in prompts)
-    assert sum(len(prompt) - 1 for prompt in prompts[0]) == 760
+    batches = [batches for _, batches in engine.asked]
+    assert all(each == batches[0] for each in batches)
 
 
-def test_on_a_cpu_all_runs_get_the_same_operators(engine, model, monkeypatch, capsys):
-    monkeypatch.setattr(parity, "_on_cpu", lambda: True)
-    monkeypatch.setattr(cpu_fp8, "checked", lambda timeout: "abacus")
+def test_operators_that_are_not_vllms_are_told(engine, model, capsys):
+    engine.operators = dict.fromkeys(engine.results, ["abacus"])
     assert run(model) == 0
-    assert engine.env == cpu_fp8.environment()
-    assert "FP8 operators on this CPU: abacus" in capsys.readouterr().out
+    assert "abacus" in capsys.readouterr().out.splitlines()
 
 
-def test_a_gpu_keeps_its_own(engine, model):
-    assert run(model) == 0
-    assert engine.env == {}
-
-
-def test_wrong_operators_stop_it(engine, model, monkeypatch, capsys, tmp_path):
-    found = {"operators": "abacus", "limit": 0.01, "errors": {"mm": 0.3}}
-    child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\necho hello; echo '{json.dumps(found)}' > $3\n")
-    child.chmod(0o755)
-    monkeypatch.setattr(parity, "_on_cpu", lambda: True)
-    monkeypatch.setattr(cpu_fp8.sys, "executable", str(child))
+@pytest.mark.parametrize("other", [[], ["abacus", "slide rule"]])
+def test_runs_by_other_operators_are_not_compared(engine, model, capsys, other):
+    engine.operators = dict.fromkeys(engine.results, ["abacus"])
+    engine.operators["patched TP 8"] = other
     assert run(model) == 2
-    assert "mm is wrong on this CPU (abacus): a row is 3.0e-01" in (
-        capsys.readouterr().err
-    )
-    assert not engine.asked
-
-
-@pytest.mark.parametrize(
-    ("script", "message"),
-    [
-        (
-            "echo 'ImportError: no mm' >&2; echo 'leaked a semaphore' >&2; exit 1",
-            "do not run on this CPU: ImportError: no mm. Run",
-        ),
-        ("exit 3", "do not run on this CPU: exit code 3. Run"),
-        ("exec sleep 60", "timed out after 1.0 seconds. Give a larger --timeout."),
-    ],
-)
-def test_operators_that_do_not_run_stop_it(
-    engine, model, monkeypatch, capsys, tmp_path, script, message
-):
-    child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\n{script}\n")
-    child.chmod(0o755)
-    monkeypatch.setattr(parity, "_on_cpu", lambda: True)
-    monkeypatch.setattr(cpu_fp8.sys, "executable", str(child))
-    assert run(model, "--timeout", "1") == 2
-    assert message in capsys.readouterr().err
-    assert not engine.asked
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "CANNOT BE JUDGED: the runs differ in more than TP: " in last
+    assert "abacus" in last
 
 
 @pytest.mark.parametrize(
@@ -249,8 +234,9 @@ def test_operators_that_do_not_run_stop_it(
     [
         (["--tp", "0"], "--tp 0: give a positive number."),
         (["--layers", "1"], "--layers shrinks a synthetic checkpoint"),
-        (["--json", "/nowhere/out.json"], "its folder does not exist"),
-        (["--json", "/tmp"], "--json /tmp: give a file, not a folder"),
+        (["--json", "/nowhere/out.json"], "No such file or directory: '/nowhere/"),
+        (["--json", "/tmp"], "Is a directory: '/tmp'"),
+        (["--logs", f"{__file__}/logs"], "Not a directory: '"),
         (["--timeout", "0"], "--timeout 0.0: give a positive number"),
         (["--tp", "4"], "--tp 4 keeps the quant blocks of"),
         (["--tp", "7"], "--tp 7 does not divide moe_intermediate_size = 1536"),
@@ -259,23 +245,53 @@ def test_operators_that_do_not_run_stop_it(
         (["--baseline-tp", "16"], "--baseline-tp 16 does not divide num_attention"),
         (["--control-tp", "16"], "--control-tp 16 does not divide num_attention"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
-        (["--logs", __file__], "give a folder, not a file"),
+        (["--logs", __file__], "File exists: '"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(engine, model, capsys, arguments, message):
     assert run(model, *arguments) == 2
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
     assert not engine.asked
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{bad", "'{bad' is not JSON: Exp"), ("[]", "'[]' is not a JSON object such as")],
+    [(text, f"{text!r} is not a JSON object such as") for text in ("{bad", "[]")],
 )
 def test_engine_arguments_that_are_no_object(engine, model, capsys, text, message):
     with pytest.raises(SystemExit, match="2"):
         run(model, "--engine-args", text)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"model_type": "abacus"}, [], "no model for Transformers: The checkpoint you"),
+        ({"num_hidden_layers": None}, ["--layers", "1"], "num_hidden_layers = None"),
+    ],
+)
+def test_a_config_that_no_checkpoint_can_be_written_for(
+    engine, tmp_path, capsys, changes, arguments, message
+):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(QWEN3_MOE.read_text()), **changes}))
+    assert main(["parity", "--config", str(file), "--tp", "8", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not engine.asked
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("torn")])
+def test_what_goes_wrong_is_not_a_verdict(engine, model, monkeypatch, capsys, error):
+    """Python's own exit code would say "no parity"."""
+
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr(engine_process, "run", fail)
+    assert run(model) == 2
+    assert str(error) in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_here(engine, capsys):
@@ -330,7 +346,7 @@ def test_a_signal_as_soon_as_the_engine_starts(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(number))
     try:
         with pytest.raises(SystemExit, match=str(int(signal.SIGTERM))):
-            engine_process.run(EngineProcess("stock", {}), [], tmp_path, 60, {})
+            engine_process.run(EngineProcess("stock", {}), [], tmp_path, 60)
     finally:
         signal.signal(signal.SIGTERM, before)
         left = engines[0].poll() is None
@@ -340,7 +356,7 @@ def test_a_signal_as_soon_as_the_engine_starts(tmp_path, monkeypatch):
 
 def test_a_folder_without_a_model(engine, tmp_path, capsys):
     assert run(tmp_path) == 2
-    assert "config.json: No such file or directory" in capsys.readouterr().err
+    assert "No such file or directory" in capsys.readouterr().err
 
 
 def test_stock_runs_load_no_plugin_of_ours(monkeypatch):
@@ -410,9 +426,10 @@ def test_the_engines_own_error_is_found(tmp_path, monkeypatch, log, error):
     child.chmod(0o755)
     monkeypatch.setattr(engine_process.sys, "executable", str(child))
     process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=30, env={})
+    result = engine_process.run(process, [], tmp_path, timeout=30)
     assert result.error == (error or log.strip())
-    assert result.log.read_text() == log
+    assert (tmp_path / "stock-TP-8.log").read_text() == log
+    assert result.ended_outside == ("OutOfMemory" in log)
 
 
 def test_an_earlier_runs_result_is_not_this_ones(tmp_path, monkeypatch):
@@ -422,11 +439,46 @@ def test_an_earlier_runs_result_is_not_this_ones(tmp_path, monkeypatch):
     child.chmod(0o755)
     monkeypatch.setattr(engine_process.sys, "executable", str(child))
     process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=30, env={})
+    result = engine_process.run(process, [], tmp_path, timeout=30)
     assert result.scores == [1] and result.error is None
     child.write_text("#!/bin/sh\nexit 3\n")
-    result = engine_process.run(process, [], tmp_path, timeout=30, env={})
+    result = engine_process.run(process, [], tmp_path, timeout=30)
     assert result.scores is None and result.error == "exit code 3 without an error"
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo '{\"logprobs\": [1' > $4", "exit code 0 without an error"),
+        ("kill -9 $$", "exit code -9 without an error"),
+        (
+            "echo 'Worker proc W-0 died unexpectedly (exit code: -9)'; exit 1",
+            "Worker proc W-0 died unexpectedly (exit code: -9)",
+        ),
+        (
+            "echo OSError: [Errno 28] No space left on device; exit 1",
+            "OSError: [Errno 28] No space left on device",
+        ),
+    ],
+)
+def test_what_the_machine_ended_is_told_apart(tmp_path, monkeypatch, script, error):
+    child = tmp_path / "python"
+    child.write_text(f"#!/bin/sh\n{script}\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(engine_process.sys, "executable", str(child))
+    result = engine_process.run(EngineProcess("stock", {}), [], tmp_path, timeout=30)
+    assert result.error == error and result.ended_outside
+
+
+def test_what_an_engine_multiplies_by_is_read_from_its_log(tmp_path, monkeypatch):
+    child = tmp_path / "python"
+    line = "FP8 operators on this CPU: abacus"
+    log = f"(Main) WARNING [x.py:1] {line}\n(Worker) WARNING [x.py:1] {line}"
+    child.write_text(f"#!/bin/sh\necho '{log}'\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(engine_process.sys, "executable", str(child))
+    result = engine_process.run(EngineProcess("stock", {}), [], tmp_path, timeout=30)
+    assert result.operators == [line]
 
 
 def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):
@@ -437,9 +489,11 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_process.sys, "executable", str(child))
     monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0.5)
     process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=1, env={})
-    assert result.error == "no result after 1 s"
-    assert 1e5 < result.peak_bytes < 1e8  # Two small processes.
+    result = engine_process.run(process, [], tmp_path, timeout=1)
+    assert result.error == "no result after 1 s" and result.ended_outside
+    # Two small processes, and this one.
+    own = psutil.Process().memory_full_info().pss
+    assert 1e5 < result.peak_bytes - own < 1e8
     worker = int((tmp_path / "worker").read_text())
     deadline = time.monotonic() + 10
     with pytest.raises(ProcessLookupError):

@@ -9,7 +9,7 @@ import pytest
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
 from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
-from vllm_patch.cli.parity_runs import Checkpoints, Runs, prompts
+from vllm_patch.cli.parity_runs import Checkpoints, Runs, batches
 
 AIR = MODELS / "glm4_moe_1408.json"
 DENSE = MODELS / "qwen3_2432.json"
@@ -28,7 +28,14 @@ def labels(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "write_checkpoint", note)
 
     def choose(
-        file, tp=8, model=None, is_on_cpu=True, baseline=1, control=None, **changes
+        file,
+        tp=8,
+        model=None,
+        is_on_cpu=True,
+        baseline=1,
+        control=None,
+        engine_args=None,
+        **changes,
     ):
         work = tmp_path / f"cpu-{is_on_cpu}"
         work.mkdir()
@@ -40,9 +47,9 @@ def labels(tmp_path, monkeypatch):
             baseline_tp=baseline,
             control_tp=control,
             model=model,
-            engine_args={"max_model_len": 512},
+            engine_args=engine_args or {"max_model_len": 512},
         )
-        checkpoints = Checkpoints(model, config, work, print)
+        checkpoints = Checkpoints(model, config, work)
         processes = Runs(args, config, is_on_cpu).processes(checkpoints)
         sizes = {
             role: (process.engine, written.get(process.engine["model"], config))
@@ -72,6 +79,18 @@ def labels(tmp_path, monkeypatch):
                 "moe_intermediate_size": 640,
                 "num_attention_heads": 40,
                 "num_key_value_heads": 40,
+            },
+            "stock TP 1",
+            "stock TP 8, widened (control)",
+        ),
+        # And the rows of the vocabulary, in whole 64s: 4160 of 4100, not 4096.
+        (
+            QWEN3_MOE,
+            {
+                "moe_intermediate_size": 640,
+                "num_attention_heads": 40,
+                "num_key_value_heads": 40,
+                "vocab_size": 4100,
             },
             "stock TP 1",
             "stock TP 5 (control)",
@@ -155,7 +174,7 @@ def test_the_baselines_size_as_control_batches_otherwise(labels):
         # 2440 columns end inside a block at any size.
         (
             {"intermediate_size": 2440, "model": Path("here")},
-            "--baseline-tp 1 cuts quant .* up to 8. With --config in place of --model",
+            "--baseline-tp 1 cuts quant .* up to 8: .* with --config, which",
         ),
         ({"control": 3}, "--control-tp 3 does not divide num_attention_heads = 8"),
         ({"tp": 1}, "--tp 1 keeps the quant blocks of"),
@@ -166,6 +185,18 @@ def test_where_there_is_nothing_to_judge_by(labels, arguments, message):
         labels(DENSE, **arguments)
 
 
-def test_prompts_are_fixed():
-    assert prompts(4096) == prompts(4096)
-    assert sum(len(prompt) - 1 for prompt in prompts(4096)) == 760
+@pytest.mark.parametrize("control", [None, 1])
+def test_a_control_that_is_the_baseline_again_is_refused(labels, control):
+    """Of whole blocks at TP 1 only, one prompt at a time in both."""
+    changes = {"num_key_value_heads": 2, "engine_args": {"max_num_seqs": 1}}
+    with pytest.raises(UsageError, match="control would be the baseline again: both"):
+        labels(DENSE, control=control, **changes)
+
+
+def test_what_is_scored_is_fixed():
+    together, *alone = batches(4096)
+    assert [together, *alone] == batches(4096)
+    assert [len(prompt) for prompt in together] == [96] * 8
+    assert [[len(prompt) for prompt in batch] for batch in alone] == (
+        [[4]] * 16 + [[16]] * 8
+    )

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
 from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.synthetic import _widen, _widen_scale, write_checkpoint
+
+FILE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_what_is_not_quantized_is_listed(checkpoint):
 
 
 def read(directory) -> dict[str, torch.Tensor]:
-    with safe_open(directory / "model.safetensors", "pt") as file:
+    with safe_open(directory / FILE, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -108,6 +111,64 @@ def test_a_widened_model_holds_the_same_numbers_and_zeros(
     assert not tensors
     for module in widened:
         assert [name for name in grown if name.endswith(f"{module}.weight")], module
+
+
+# Dense, with gate and up in one tensor.
+PHI3 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "pad_token_id": 0,
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+# One dense layer and one of four routed experts and a shared one.
+AIR = {"n_routed_experts": 4, "intermediate_size": 1088, "num_experts_per_tok": 2}
+
+
+def logits(directory) -> torch.Tensor:
+    """Return what Transformers computes in float32 with dequantized weights."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = read(directory)
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        scale, weight = tensors.pop(name), name.removesuffix("_scale_inv")
+        rows, columns = tensors[weight].shape
+        scale = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
+        tensors[weight] = tensors[weight].float() * scale[:, :columns]
+    config = json.loads((directory / "config.json").read_text())
+    del config["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({name: t.float() for name, t in tensors.items()}, directory / FILE)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.arange(64).reshape(2, 32) * 7
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize(
+    ("fields", "grown"),
+    [
+        ({**json.loads((MODELS / "glm4_moe_1408.json").read_text()), **AIR}, 2048),
+        (PHI3, 1024),
+    ],
+    ids=["shared expert", "gate and up in one"],
+)
+def test_a_widened_model_computes_the_same(tmp_path, fields, grown):
+    """But for float32's rounding: zeros regroup what is summed, 2**-24 each time."""
+    config = ModelConfig(tmp_path, fields)
+    wide = config.widened(8)
+    assert grown in wide.mlp_sizes.values()
+    for name, model in ("plain", config), ("wide", wide):
+        (tmp_path / name).mkdir()
+        write_checkpoint(config, tmp_path / name, model)
+    plain, wide = logits(tmp_path / "plain"), logits(tmp_path / "wide")
+    assert plain.std() > 0.1
+    torch.testing.assert_close(wide, plain, rtol=0, atol=64 * 2**-24)
 
 
 def test_gate_and_up_in_one_tensor_are_widened_each():

@@ -8,57 +8,137 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_patch.cli import cpu_fp8
-from vllm_patch.cli.cpu_fp8.operators import Operators
+import vllm_patch
+from vllm_patch.cli.cpu_fp8 import operators
 
 AVX2_ONLY = Path(__file__).parent / "avx2_only"
+ASKS = "from vllm_patch.cli.cpu_fp8 import operators; operators.install()"
+# Of modules that import it, and do not run as parity's engine.
+IMPORTS = "import vllm_patch.cli.engine_run, vllm_patch.cli.cpu_fp8.check"
+SAYS = "WARNING FP8 operators on this CPU: "
+LIKE_AMX = "import torch; torch.cpu._is_amx_tile_supported = lambda: True"
+# The X86 is one of vLLM's other conditions.
+ELSEWHERE = """
+from vllm.platforms import CpuArchEnum, current_platform
+type(current_platform).get_cpu_architecture = lambda *_: CpuArchEnum.ARM
+"""
 CHECKS = """
-import torch
+import logging, torch
+logging.basicConfig(format="%(levelname)s %(message)s")
 from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsFp8
 from vllm.plugins import load_general_plugins
 load_general_plugins()
-experts = CPUExpertsFp8._supports_current_device()
-print("checks:", experts, CPUFp8BlockScaledMMKernel.is_supported()[0])
+asked = torch.cpu._is_amx_tile_supported()
+experts = CPUExpertsFp8._supports_current_device
+linear = CPUFp8BlockScaledMMKernel.is_supported
+assert torch.cpu._is_amx_tile_supported() == asked, "the attention asks, too"
+print("checks:", experts(), linear()[0], hasattr(experts, "__wrapped__"))
 """
 
 
-def checks(**env) -> str:
-    """Return what vLLM thinks of its experts and linear layers on this CPU."""
+def checks(*lines: str, **env) -> tuple[str, str]:
+    """Return what vLLM thinks of its experts and linear layers, and what is logged.
+
+    Args:
+        *lines: Run first.
+        **env: Added to the environment.
+
+    """
     done = subprocess.run(
-        [sys.executable, "-c", CHECKS],
+        [sys.executable, "-c", "\n".join([*lines, CHECKS])],
         env={**os.environ, **env},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
-def test_a_process_of_its_own_is_left_as_it_is():
+def check(*paths: Path) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_patch.cli.cpu_fp8.check"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("lines", [(), (IMPORTS,)], ids=str)
+def test_a_process_that_does_not_ask_is_left_as_it_is(lines):
     """As ``vllm serve`` is: vLLM's checks for AMX stand."""
     has_amx = torch.cpu._is_amx_tile_supported()
-    assert checks() == f"checks: {has_amx} {has_amx}"
-    assert checks(PYTHONPATH=str(AVX2_ONLY)) == "checks: False False"
+    found, log = checks(*lines)
+    assert found == f"checks: {has_amx} {has_amx} False"
+    assert SAYS not in log
 
 
-def test_a_process_that_parity_starts_has_operators():
-    assert checks(**cpu_fp8.environment()) == "checks: True True"
+def test_nothing_that_python_runs_by_itself_asks():
+    assert not list(Path(vllm_patch.__file__).parent.rglob("sitecustomize.py"))
+
+
+def test_a_cpu_with_amx_is_left_as_it_is():
+    found, log = checks(LIKE_AMX, ASKS)
+    assert found == "checks: True True False"
+    assert SAYS not in log
+
+
+@pytest.mark.skipif(not operators.choose(), reason="this CPU has AMX")
+def test_only_the_question_for_amx_is_answered_and_that_is_said():
+    found, log = checks(ASKS)
+    assert found == "checks: True True True"
+    assert f"{SAYS}{operators.choose()}" in log
+    assert checks(ASKS, ELSEWHERE)[0] == "checks: False True True"
 
 
 def test_this_cpus_operators_are_right():
-    assert cpu_fp8.checked(timeout=300) in {each.value for each in Operators}
+    done = check()
+    assert done.returncode == 0, done.stderr
+    assert (operators.choose() or "") in done.stderr
 
 
-def test_a_cpu_without_operators_gets_plain_torch(monkeypatch):
-    """Also shows that a sitecustomize which ours hides still runs."""
-    monkeypatch.setenv("PYTHONPATH", str(AVX2_ONLY), prepend=os.pathsep)
-    assert cpu_fp8.checked(timeout=300) == Operators.PLAIN_TORCH.value
+def test_a_cpu_without_operators_gets_plain_torch():
+    done = check(AVX2_ONLY)
+    assert done.returncode == 0, done.stderr
+    assert operators.PLAIN_TORCH in done.stderr
 
 
-@pytest.mark.parametrize("wrong", ["scaled_mm", "_fused_experts"])
-def test_a_wrong_operator_is_noticed(monkeypatch, tmp_path, wrong):
-    """Off by 3 %: a scale of a block would be off by a factor."""
+@pytest.mark.skipif(not operators.choose(), reason="this CPU has AMX")
+def test_a_check_that_is_not_lifted_is_noticed(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "from vllm_patch.cli.cpu_fp8 import operators\n"
+        "operators._answer = lambda module: None\n"
+    )
+    done = check(tmp_path)
+    assert done.returncode == 1
+    assert "RuntimeError: vLLM's checks refuse its FP8 operators" in done.stderr
+
+
+def test_operators_that_are_missing_are_not_replaced(tmp_path):
+    """As where ``import vllm._C`` fails, which vLLM survives with a warning."""
+    (tmp_path / "sitecustomize.py").write_text(
+        (AVX2_ONLY / "sitecustomize.py").read_text()
+        + """
+from vllm_patch.cli.cpu_fp8 import operators
+operators.choose = lambda: operators.UNCHECKED
+"""
+    )
+    done = check(tmp_path)
+    assert done.returncode == 1
+    assert "ImportError: vLLM's operators convert_weight_packed, fp8_" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name", "tokens"),
+    [
+        ("scaled_mm", "fp8_scaled_mm_cpu", 1),
+        ("scaled_mm", "fp8_scaled_mm_cpu", 5),
+        ("_fused_experts", "fused_experts_cpu", 4),
+    ],
+)
+def test_a_wrong_operator_is_noticed(tmp_path, wrong, name, tokens):
+    """Off by 2 % for one number of tokens: a block's scale would be by a factor."""
     (tmp_path / "sitecustomize.py").write_text(
         (AVX2_ONLY / "sitecustomize.py").read_text()
         + f"""
@@ -66,14 +146,16 @@ def _spoil(module):
     right = module.{wrong}
     def spoilt(*args):
         out = right(*args)
+        x = args[0]["hidden_states"] if isinstance(args[0], dict) else args[0]
+        factor = 1.02 if len(x) == {tokens} else 1
         if out is None:
-            return args[0]["out"].mul_(1.03)
-        return out * 1.03
+            return args[0]["out"].mul_(factor)
+        return out * factor
     module.{wrong} = spoilt
 
 wrapt.register_post_import_hook(_spoil, "vllm_patch.cli.cpu_fp8.plain_torch")
 """
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(cpu_fp8.UsageError, match="is wrong on this CPU"):
-        cpu_fp8.checked(timeout=300)
+    done = check(tmp_path)
+    assert done.returncode == 1
+    assert f"{name} is wrong on this CPU: of {tokens} tokens, a row is" in done.stderr

@@ -4,12 +4,16 @@
 import math
 from dataclasses import dataclass
 
-# Parity: the patched run may be this much farther from the baseline than the
-# control, which is stock vLLM at another tensor-parallel size. Factor, nats.
-MEAN_LIMIT = (1.5, 0.005)
-MAX_LIMIT = (2.0, 0.05)
-# A control this far from the baseline, mean in nats, is not noise: a wrong scale
-# (padding at the tail only) shows as 0.2.
+# Parity: how many times as far from the baseline as the control patched may be, in the
+# mean and at most. Nine pairs of runs (eight models, on CPUs and GPUs) came to 0.77 to
+# 1.15 and 0.85 to 1.33 times; a wrong scale makes the mean 30 times the control's.
+FACTORS = 1.5, 2.0
+# Nats more, for a control near 0: a fourth and half of the smallest of those controls.
+SLACK = 0.001, 0.01
+# And for one at the baseline's TP. It lacks the noise of another, which was 0.004 to
+# 0.02 in the mean: it can confirm parity, with luck, but not deny it.
+SAME_TP_SLACK = 0.005, 0.05
+# Means from here on are not noise: a wrong scale (padding at the tail only) makes 0.2.
 NOISE_LIMIT = 0.1
 
 
@@ -30,39 +34,26 @@ class Difference:
     top1: float
     positions: int
 
+    @property
+    def is_noise(self) -> bool:
+        """Whether it is small enough to be noise at all."""
+        return self.mean <= NOISE_LIMIT
+
+    def within(self, limits: tuple[float, float]) -> bool:
+        """Whether neither mean nor max is beyond ``limits``."""
+        return self.mean <= limits[0] and self.max <= limits[1]
+
 
 def difference(baseline: dict, other: dict) -> Difference:
     """Compare two ``engine_run`` results; a NaN counts as infinitely far."""
     pairs = zip(baseline["logprobs"], other["logprobs"], strict=True)
-    gaps = [abs(a - b) for a, b in pairs]
-    gaps = [math.inf if math.isnan(gap) else gap for gap in gaps]
-    same = [
-        a == b for a, b in zip(baseline["top_tokens"], other["top_tokens"], strict=True)
-    ]
-    return Difference(
-        mean=sum(gaps) / len(gaps),
-        max=max(gaps),
-        top1=sum(same) / len(same),
-        positions=len(gaps),
-    )
+    gaps = [math.inf if math.isnan(a - b) else abs(a - b) for a, b in pairs]
+    tops = zip(baseline["top_tokens"], other["top_tokens"], strict=True)
+    count, same = len(gaps), sum(a == b for a, b in tops)
+    return Difference(sum(gaps) / count, max(gaps), same / count, count)
 
 
-def limits(control: Difference) -> tuple[float, float]:
+def limits(control: Difference, is_same_tp: bool = False) -> tuple[float, float]:
     """Return the largest mean and max difference that count as noise, nats."""
-    mean_factor, mean_slack = MEAN_LIMIT
-    max_factor, max_slack = MAX_LIMIT
-    return (
-        mean_factor * control.mean + mean_slack,
-        max_factor * control.max + max_slack,
-    )
-
-
-def is_noise(control: Difference) -> bool:
-    """Whether the control is close enough to the baseline to judge by."""
-    return control.mean <= NOISE_LIMIT
-
-
-def holds(patched: Difference, control: Difference) -> bool:
-    """Whether the patched run is as close to the baseline as noise allows."""
-    mean_limit, max_limit = limits(control)
-    return patched.mean <= mean_limit and patched.max <= max_limit
+    slack = SAME_TP_SLACK if is_same_tp else SLACK
+    return FACTORS[0] * control.mean + slack[0], FACTORS[1] * control.max + slack[1]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ _ERROR_LINE = re.compile(
     r"((?:\w+\.)*\w*(?:Error|Exception): .+|Worker proc \S+ died unexpectedly.*)$"
 )
 _PADDED_LINE = re.compile(r"(FP8 layers cut inside quant blocks: .+)$")
+_OPERATORS_LINE = re.compile(r"(FP8 operators on this CPU: .+)$")
+# The machine gave out: -9 is how the kernel ends what takes too much memory.
+_OUTSIDE = re.compile(r"code: -9\b|': -9\b|OutOfMemory|MemoryError|No space left on")
 
 
 @dataclass(frozen=True)
@@ -60,41 +63,43 @@ class EngineResult:
     Attributes:
         scores: Output of ``engine_run.run``, or None if the run failed.
         error: The engine's own error, or None.
+        ended_outside: Whether time, memory or disk gave out, rather than the engine.
         padding: The plugin's log line, or None if it padded nothing.
+        operators: Log lines of its processes that multiply FP8 weights by other means
+            than vLLM does here, each once.
         seconds: Wall time of the process.
-        peak_bytes: Most memory that its processes took together, seen each second.
-        log: File with all the process printed.
+        peak_bytes: Most memory that its processes and this one took together, seen
+            each second.
 
     """
 
     scores: dict[str, Any] | None
     error: str | None
+    ended_outside: bool
     padding: str | None
+    operators: list[str]
     seconds: float
     peak_bytes: int
-    log: Path = field(repr=False)
 
 
 def run(
     process: EngineProcess,
-    prompts: list[list[int]],
+    batches: list[list[list[int]]],
     directory: Path,
     timeout: float,
-    env: dict[str, str],
 ) -> EngineResult:
     """Run the engine and wait for it, with a sign of life on stderr.
 
     Args:
         process: The run to make.
-        prompts: Token ids.
+        batches: Of prompts, of token ids.
         directory: Where the log and the exchange files go.
         timeout: Seconds after which the run counts as failed.
-        env: Environment variables that it needs besides.
 
     """
     stem = re.sub(r"\W+", "-", process.label)
     spec, out, log = (directory / f"{stem}.{end}" for end in ("spec", "out", "log"))
-    spec.write_text(json.dumps({"engine": process.engine, "prompts": prompts}))
+    spec.write_text(json.dumps({"engine": process.engine, "batches": batches}))
     out.unlink(missing_ok=True)  # Of an earlier run with the same --logs.
     command = [sys.executable, "-m", "vllm_patch.cli.engine_run", str(spec), str(out)]
     started = time.monotonic()
@@ -103,25 +108,31 @@ def run(
             command,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env={**environment(process.patched), **env},
+            env=environment(process.patched),
             start_new_session=True,
         )
         in_time, peak_bytes = _wait(child, started + timeout, signals)
     text = log.read_text(errors="replace")
-    scores = json.loads(out.read_text()) if out.exists() else None
+    scores = None
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        scores = json.loads(out.read_text())
+    # 0 without scores: they are not whole.
+    outside = not in_time or child.returncode in (0, -9) or _OUTSIDE.search(text)
     return EngineResult(
         scores=scores,
         error=None if scores else _error(text, in_time, child.returncode, timeout),
+        ended_outside=not scores and bool(outside),
         padding=_first(_PADDED_LINE, text),
+        operators=sorted(set(_found(_OPERATORS_LINE, text))),
         seconds=round(time.monotonic() - started, 1),
         peak_bytes=peak_bytes,
-        log=log,
     )
 
 
 def environment(patched: bool) -> dict[str, str]:
     """Return the child's environment; stock means neither plugin nor patches."""
-    env = {**ENVIRONMENT, **os.environ}
+    # Lines of level INFO are the proof of what the run did.
+    env = {**ENVIRONMENT, **os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     if not patched:
         env["VLLM_PLUGINS"] = ",".join(_other_plugins())
         env.pop("VLLM_FP8_TP_PADDING", None)
@@ -130,8 +141,7 @@ def environment(patched: bool) -> dict[str, str]:
         return env
     if "VLLM_PLUGINS" in env:
         env["VLLM_PLUGINS"] = ",".join([*_other_plugins(), plugin.NAME])
-    # The log line of level INFO is the proof that the plugin padded something.
-    return {**env, "VLLM_FP8_TP_PADDING": "auto", "VLLM_LOGGING_LEVEL": "INFO"}
+    return {**env, "VLLM_FP8_TP_PADDING": "auto"}
 
 
 def _other_plugins() -> list[str]:
@@ -185,24 +195,29 @@ def _wait(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(POLL_SECONDS)
                 return True, peak_bytes
-            peak_bytes = max(peak_bytes, _memory(child.pid))
+            peak_bytes = max(peak_bytes, _memory())
             now = time.monotonic()
             if now > heartbeat:
                 heartbeat = now + HEARTBEAT_SECONDS
-                print(f"      ... {now - started:.0f} s", file=sys.stderr, flush=True)
+                say(f"      ... {now - started:.0f} s")
         return False, peak_bytes
     finally:
         # A failed engine can leave workers behind, which hold memory.
         _kill_session(child)
 
 
-def _memory(pid: int) -> int:
-    """Return bytes of a process and all below it, shared pages counted once."""
+def say(line: str) -> None:
+    """Print a line about progress: the result alone goes to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _memory() -> int:
+    """Return bytes of this process and all below it, shared pages counted once."""
     import psutil  # vLLM brings it; the other commands work without.
 
     total = 0
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
+        process = psutil.Process()
         for each in [process, *process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 total += each.memory_full_info().pss
@@ -222,7 +237,9 @@ def _error(text: str, in_time: bool, returncode: int, timeout: float) -> str:
 
 
 def _first(pattern: re.Pattern, text: str) -> str | None:
-    for line in text.splitlines():
-        if found := pattern.search(line):
-            return found.group(1)
-    return None
+    return next(_found(pattern, text), None)
+
+
+def _found(pattern: re.Pattern, text: str) -> Iterator[str]:
+    found = map(pattern.search, text.splitlines())
+    return (each.group(1) for each in found if each)

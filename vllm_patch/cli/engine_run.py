@@ -2,7 +2,7 @@
 """One run of the real vLLM engine, in a process of its own.
 
 ``python -m vllm_patch.cli.engine_run SPEC OUT`` reads a JSON object with the
-arguments for ``vllm.LLM`` and the prompts, and writes the log-probability and
+arguments for ``vllm.LLM`` and batches of prompts, and writes the log-probability and
 the most likely token at every prompt position.
 """
 
@@ -12,30 +12,36 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vllm_patch.cli.cpu_fp8 import operators
+
 # Graphs and compilation are for speed, and cost start-up. vLLM fills its cache with
 # zeros on each rank, by default half of the memory: this holds thousands of tokens.
 ON_CPU = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20}
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Score ``spec["prompts"]`` (token ids) with ``LLM(**spec["engine"])``."""
+    """Score ``spec["batches"]`` (of token ids) with ``LLM(**spec["engine"])``."""
     import torch
 
     import vllm
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    started = time.monotonic()
-    defaults = ON_CPU if current_platform.is_cpu() else {}
+    started, defaults = time.monotonic(), {}
+    if current_platform.is_cpu():
+        from vllm_patch.cli.cpu_fp8 import check
+
+        check.run()
+        defaults = ON_CPU
     llm = LLM(**{**defaults, **spec["engine"]})
     loaded = time.monotonic()
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in spec["prompts"]],
-        SamplingParams(
-            temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False
-        ),
-        use_tqdm=False,
+    sampling = SamplingParams(
+        temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False
     )
+    outputs = []
+    for batch in spec["batches"]:
+        prompts = [{"prompt_token_ids": prompt} for prompt in batch]
+        outputs += llm.generate(prompts, sampling, use_tqdm=False)
     logprobs, top_tokens = [], []
     for output in outputs:
         # The first token has no prediction.
@@ -54,6 +60,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         "device": current_platform.get_device_name(),
     }
 
+
+if __name__ in ("__main__", "__mp_main__"):  # The latter in processes it spawns.
+    operators.install()
 
 if __name__ == "__main__":
     spec_file, out_file = map(Path, sys.argv[1:])

@@ -5,6 +5,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 
 from vllm_patch import __version__
 from vllm_patch.cli import apply, parity, series, status
@@ -35,8 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         # Such as `head`, which has read enough; the interpreter would flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"vllm-patch {args.command}: {error}", file=sys.stderr)
+        return 2
+    except Exception:
+        # Python's own exit code would be 1, which says "no parity".
+        traceback.print_exc()
         return 2
     except KeyboardInterrupt:
         print(f"vllm-patch {args.command}: interrupted", file=sys.stderr)

@@ -2,11 +2,28 @@
 """What a Hugging Face config.json says about FP8 blocks and tensor parallelism."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_patch.cli.errors import UsageError
+
+NEEDED = "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"
+EXPERTS = "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"
+# What says, if it is neither 0 nor empty, that some layers are dense.
+DENSE_LAYERS = (
+    "first_k_dense_replace",
+    "moe_layer_start_index",
+    "mlp_only_layers",
+    "num_dense_layers",
+)
+# And if it is not 1.
+SPARSE_STEPS = "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval"
+# A name like those of MLPs' sizes, of which `_mlp_fields` knows some.
+_SIZE = re.compile(
+    r".*(intermediate|expert|ffn|inner|mlp)\w*_(size|dim|mlp)|n_inner|d_ff"
+)
 
 
 @dataclass(frozen=True)
@@ -21,14 +38,9 @@ class ModelConfig:
         """Read and check ``path``; raise UsageError if it cannot be used."""
         try:
             fields = json.loads(path.read_text())
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UsageError(
-                f"{path}: {error.strerror}. Give the config.json of a block-FP8 model."
-            ) from error
-        except json.JSONDecodeError as error:
-            raise UsageError(
-                f"{path} is not JSON ({error}). Give the config.json of a block-FP8 "
-                "model."
+                f"{path}: {error}. Give the config.json of a block-FP8 model."
             ) from error
         if not isinstance(fields, dict):
             raise UsageError(
@@ -36,6 +48,7 @@ class ModelConfig:
             )
         config = cls(path, fields)
         config._check_quantization()
+        config._check_sizes()
         return config
 
     @property
@@ -59,10 +72,12 @@ class ModelConfig:
                 f"--layers {layers}: {self.path} has {available} layers; "
                 f"give 1 to {available}."
             )
-        changes = {"num_hidden_layers": layers}
-        if self.text.get("layer_types"):
-            changes["layer_types"] = self.text["layer_types"][:layers]
-        return self._with_text(**changes)
+        kinds = {
+            name: self.text[name][:layers]
+            for name in ("layer_types", "mlp_layer_types")
+            if self.text.get(name)
+        }
+        return self._with_text(num_hidden_layers=layers, **kinds)
 
     def _with_text(self, **changes: Any) -> "ModelConfig":
         text = {**self.text, **changes}
@@ -70,54 +85,53 @@ class ModelConfig:
         return ModelConfig(self.path, nested if "text_config" in self.fields else text)
 
     @property
-    def expert_size(self) -> int | None:
-        """Intermediate size of one routed expert, or None without experts."""
-        return self.text[self._expert_field] if self._expert_field else None
-
-    @property
     def _expert_field(self) -> str | None:
-        if "moe_intermediate_size" in self.text:
+        """Name of the size of a routed expert, or None without experts."""
+        if self.text.get("moe_intermediate_size"):
             return "moe_intermediate_size"
         # Mixtral and MiniMax use the dense model's name.
-        return "intermediate_size" if "num_local_experts" in self.text else None
-
-    def with_expert_size(self, size: int) -> "ModelConfig":
-        """Return the config with experts of ``size`` columns."""
-        return self._with_text(**{self._expert_field: size})
+        has_experts = any(self.text.get(name) for name in EXPERTS)
+        return "intermediate_size" if has_experts else None
 
     @property
     def _has_dense_layers(self) -> bool:
-        text = self.text
+        text, layers = self.text, self.text["num_hidden_layers"]
         return (
-            self.expert_size is None
-            or text.get("first_k_dense_replace", 0) > 0
-            or bool(text.get("mlp_only_layers"))
-            or text.get("decoder_sparse_step", 1) > 1
+            self._expert_field is None
+            or any(text.get(name) for name in DENSE_LAYERS)
+            or any(text.get(name) not in (None, 1) for name in SPARSE_STEPS)
+            or "dense" in (text.get("mlp_layer_types") or ())
+            or 0 <= text.get("moe_layer_end_index", -1) < layers - 1
         )
 
     @property
-    def mlp_sizes(self) -> dict[str, int]:
-        """Intermediate sizes that tensor parallelism divides, by config field.
-
-        Shared experts of some models are a multiple of the routed ones' field.
-        """
+    def _mlp_fields(self) -> set[str]:
+        """Names of the sizes in use; some shared experts have that of routed ones."""
         fields = {self._expert_field, "shared_expert_intermediate_size"}
-        if self._has_dense_layers:
-            fields.add("intermediate_size")
-        return {name: self.text[name] for name in self.text if name in fields}
+        if self.text.get("num_shared_experts") == 1:  # More are one of a larger size.
+            fields.add("moe_shared_expert_intermediate_size")
+        return fields | ({"intermediate_size"} if self._has_dense_layers else set())
+
+    @property
+    def mlp_sizes(self) -> dict[str, int]:
+        """Intermediate sizes that tensor parallelism divides, by config field."""
+        fields = self._mlp_fields
+        return {n: size for n, size in self.text.items() if n in fields and size}
 
     def undivided(self, tp: int) -> str | None:
         """Return what cannot be shared out evenly among ``tp`` ranks, or None."""
         for name, size in self.mlp_sizes.items():
-            if size and size % tp:
+            if size % tp:
                 return f"{name} = {size}"
-        heads = self.text.get("num_attention_heads", tp)
+        heads = self.text["num_attention_heads"]
         if heads % tp:
             return f"num_attention_heads = {heads}"
         kv_heads = self.text.get("num_key_value_heads", tp)
         # More ranks than KV heads share them.
         if max(kv_heads, tp) % min(kv_heads, tp):
             return f"num_key_value_heads = {kv_heads}"
+        if (rows := -(-self.vocab_size // 64) * 64) % tp:
+            return f"vocab_size = {self.vocab_size}, which vLLM rounds up to {rows}"
         return None
 
     def cuts(self, tp: int) -> bool:
@@ -126,13 +140,10 @@ class ModelConfig:
 
     def cuts_experts_only(self, tp: int) -> bool:
         """Whether what ``tp`` cuts is routed experts and nothing else."""
-        shared = self.text.get("n_shared_experts")
-        fields = list(self._cut_mlps(tp))
-        return (
-            fields == [self._expert_field]
-            and not shared
-            and not self.cuts_attention(tp)
-        )
+        text = self.text
+        shared = any(text[name] for name in text if name.endswith("shared_experts"))
+        is_experts = list(self._cut_mlps(tp)) == [self._expert_field]
+        return is_experts and not shared and not self.cuts_attention(tp)
 
     def cuts_attention(self, tp: int) -> bool:
         """Whether ``tp`` cuts a projection of the attention inside a quant block."""
@@ -156,12 +167,12 @@ class ModelConfig:
     def _attention_sizes(self, tp: int) -> list[float]:
         """Return what a rank holds of each projection; fractions count as cut."""
         text = self.text
-        heads = text.get("num_attention_heads", 0)
+        heads = text["num_attention_heads"]
         if "kv_lora_rank" in text:
             nope, rope = text["qk_nope_head_dim"], text["qk_rope_head_dim"]
             value = text["v_head_dim"]
             return [heads / tp * size for size in (nope + rope, nope + value, value)]
-        head = text.get("head_dim") or text.get("hidden_size", 0) / max(heads, 1)
+        head = text.get("head_dim") or text["hidden_size"] / heads
         kv_heads = text.get("num_key_value_heads", heads)
         return [heads * head / tp, max(kv_heads / tp, 1) * head]
 
@@ -178,4 +189,23 @@ class ModelConfig:
         if block[0] != block[1]:
             raise UsageError(
                 f"{self.path} has weight_block_size = {block}; blocks must be square."
+            )
+
+    def _check_sizes(self) -> None:
+        """Refuse what would be judged by sizes that are not there or not known."""
+        sizes = {name: self.text.get(name) for name in NEEDED} | self.mlp_sizes
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size <= 0:
+                raise UsageError(f"{self.path} has {name} = {size!r}; give a number.")
+        known = {*self._mlp_fields, "intermediate_size"}
+        unknown = [
+            f"{name} = {size}"
+            for name, size in self.text.items()
+            if _SIZE.fullmatch(name) and size and name not in known
+        ]
+        if unknown or not self.mlp_sizes:
+            raise UsageError(
+                f"{self.path} has {', '.join(unknown) or 'no intermediate_size'}: "
+                "parity does not know of which layers, so not what a TP size cuts. "
+                f"It knows {', '.join(sorted(filter(None, known)))}."
             )

@@ -2,18 +2,18 @@
 """``vllm-patch parity``: does the patched engine answer as stock vLLM does?"""
 
 import argparse
+import contextlib
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from vllm_patch import __version__, plugin
-from vllm_patch.cli import cpu_fp8, engine_process
-from vllm_patch.cli.engine_process import EngineProcess, EngineResult
+from vllm_patch.cli import engine_process
+from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
 from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
-from vllm_patch.cli.parity_runs import Checkpoints, Runs, prompts
+from vllm_patch.cli.parity_runs import Checkpoints, Runs, batches
 from vllm_patch.cli.parity_verdict import Verdict
 
 DESCRIPTION = """\
@@ -57,10 +57,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="more arguments for vllm.LLM, such as '{\"max_model_len\": 512}'",
     )
     parser.add_argument(
-        "--logs",
-        type=Path,
-        metavar="DIR",
-        help="keep each run's full output there",
+        "--logs", type=Path, metavar="DIR", help="keep each run's full output there"
     )
     parser.add_argument(
         "--timeout", type=float, default=1800, help="seconds for each run (1800)"
@@ -69,15 +66,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a JSON object such as '{{\"max_model_len\": 512}}'"
-        )
-    return value
+    with contextlib.suppress(json.JSONDecodeError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a JSON object such as '{{\"max_model_len\": 512}}'"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,26 +81,22 @@ def run(args: argparse.Namespace) -> int:
     config = ModelConfig.read(config_file)
     if args.layers:
         config = config.with_layers(args.layers)
-    is_on_cpu = _on_cpu()
-    runs = Runs(args, config, is_on_cpu)
-    operators = cpu_fp8.checked(args.timeout) if is_on_cpu else None
-    if operators:
-        _say(f"FP8 operators on this CPU: {operators}")
-    env = cpu_fp8.environment() if is_on_cpu else {}
+    runs = Runs(args, config, _on_cpu())
+    if args.json:  # Before an hour of runs, and no earlier result is left.
+        args.json.write_text("")
     with tempfile.TemporaryDirectory(prefix="vllm-patch-parity-") as temporary:
         work = Path(temporary)
         logs = args.logs or work
         logs.mkdir(parents=True, exist_ok=True)
-        processes = runs.processes(Checkpoints(args.model, config, work, _say))
-        verdict = Verdict(_run_all(processes, config, logs, args.timeout, env))
-    print(verdict.table(operators))
+        processes = runs.processes(Checkpoints(args.model, config, work))
+        verdict = Verdict(_run_all(processes, config, logs, args.timeout))
+    print(verdict.table())
     if args.json:
         report = {
             "vllm_patch": __version__,
             "config": str(config_file),
             "tp": args.tp,
             "layers": args.layers,
-            "fp8_operators": operators,
             **verdict.report(),
         }
         args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -139,34 +129,19 @@ def _check(args: argparse.Namespace) -> None:
             f"--engine-args sets {name}, which parity chooses for each run: use "
             "--model, --config and --tp."
         )
-    if args.json and args.json.is_dir():
-        raise UsageError(f"--json {args.json}: give a file, not a folder.")
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {args.json}: its folder does not exist.")
-    if args.logs and args.logs.exists() and not args.logs.is_dir():
-        raise UsageError(f"--logs {args.logs}: give a folder, not a file.")
     if problem := plugin.unsupported():
         raise UsageError(problem)
 
 
 def _run_all(
-    processes: dict[str, EngineProcess],
-    config: ModelConfig,
-    logs: Path,
-    timeout: float,
-    env: dict[str, str],
+    processes: dict[str, EngineProcess], config: ModelConfig, logs: Path, timeout: float
 ) -> dict[str, tuple[EngineProcess, EngineResult]]:
-    scored = prompts(config.vocab_size)
-    results = {}
+    scored, results = batches(config.vocab_size), {}
     for number, (role, process) in enumerate(processes.items(), start=1):
-        _say(f"[{number}/{len(processes)}] {process.label}")
-        result = engine_process.run(process, scored, logs, timeout, env)
-        _say(f"      {result.seconds:.0f} s: {result.error or 'done'}")
+        say(f"[{number}/{len(processes)}] {process.label}")
+        result = engine_process.run(process, scored, logs, timeout)
+        say(f"      {result.seconds:.0f} s: {result.error or 'done'}")
         results[role] = process, result
         if result.error and role in ("baseline", "control"):
             break  # Nothing could be judged by it.
     return results
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -2,16 +2,19 @@
 """Which four engines ``parity`` compares, and on which checkpoints."""
 
 import argparse
+import functools
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_patch.cli.engine_process import EngineProcess
+from vllm_patch.cli.engine_process import EngineProcess, say
 from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
-PROMPTS, PROMPT_TOKENS = 8, 96
+# Prompts and their tokens, together or each in a call of its own: kernels differ for
+# few tokens, which GPUs run as captured graphs.
+TOGETHER = (8, 96)
+ALONE = (16, 4), (8, 16)
 # One prompt at a time instead of all: the same model, summed in another order.
 ONE_BY_ONE = {"max_num_seqs": 1}
 
@@ -23,41 +26,27 @@ class Checkpoints:
         given: The folder of ``--model``, or None.
         config: Its config, or that of the synthetic ones.
         work: A folder for synthetic ones.
-        say: Called with a line on what is being written.
 
     """
 
-    def __init__(
-        self,
-        given: Path | None,
-        config: ModelConfig,
-        work: Path,
-        say: Callable[[str], None],
-    ):
-        self.given, self.config, self.work, self.say = given, config, work, say
-        self._written: dict[str, Path] = {}
+    def __init__(self, given: Path | None, config: ModelConfig, work: Path):
+        self.given, self.config, self.work = given, config, work
+        self._write = functools.cache(self._write)
 
-    def plain(self) -> Path:
-        """Return the checkpoint that is to be served."""
-        return self.given or self._write("checkpoint", self.config)
+    def folder(self, widened_for: int | None = None) -> Path:
+        """Return the model, or one widened until that TP size cuts no MLP of it."""
+        return self.given or self._write(widened_for)
 
-    def wide(self, tp: int) -> Path:
-        """Return the same model, widened by zeros until ``tp`` cuts no MLP of it."""
-        return self._write(f"widened-for-tp-{tp}", self.config.widened(tp))
-
-    def _write(self, name: str, wide: ModelConfig) -> Path:
+    def _write(self, tp: int | None) -> Path:
         from vllm_patch.cli.synthetic import write_checkpoint
 
-        if name not in self._written:
-            self.say(f"writing a synthetic checkpoint: {_sizes(wide)}")
-            (self.work / name).mkdir()
-            write_checkpoint(self.config, self.work / name, wide)
-            self._written[name] = self.work / name
-        return self._written[name]
-
-
-def _sizes(config: ModelConfig) -> str:
-    return ", ".join(f"{name} {size}" for name, size in config.mlp_sizes.items())
+        wide = self.config.widened(tp) if tp else self.config
+        sizes = ", ".join(f"{name} {size}" for name, size in wide.mlp_sizes.items())
+        say(f"writing a synthetic checkpoint: {sizes}")
+        directory = self.work / (f"widened-for-tp-{tp}" if tp else "checkpoint")
+        directory.mkdir()
+        write_checkpoint(self.config, directory, wide)
+        return directory
 
 
 class Runs:
@@ -89,7 +78,7 @@ class Runs:
             "baseline": EngineProcess(f"stock TP {baseline_tp}{how}", baseline),
             "control": self._control(checkpoints),
         }
-        engine = self._engine(checkpoints.plain(), tp)
+        engine = self._engine(checkpoints.folder(), tp)
         return {
             **runs,
             "stock": EngineProcess(f"stock TP {tp}", engine),
@@ -105,22 +94,22 @@ class Runs:
     def _stock(self, checkpoints: Checkpoints, tp: int) -> tuple[dict[str, Any], str]:
         """Return an engine that stock serves at ``tp``, and how it comes to."""
         if not self.config.cuts(tp):
-            return self._engine(checkpoints.plain(), tp), ""
+            return self._engine(checkpoints.folder(), tp), ""
+        engine = self._engine(checkpoints.folder(widened_for=tp), tp)
         if checkpoints.given is None:
-            return self._engine(checkpoints.wide(tp), tp), ", widened"
-        engine = self._engine(checkpoints.plain(), tp)
+            return engine, ", widened"
         return {**engine, "enable_expert_parallel": True}, " + expert parallel"
 
     def _engine(self, model: Path, tp: int) -> dict[str, Any]:
-        common = {
+        return {
             "model": str(model),
-            "max_model_len": 2 * PROMPT_TOKENS,
+            "max_model_len": 2 * TOGETHER[1],
             "enable_prefix_caching": False,
             "disable_log_stats": True,
             "seed": 0,
             **self.args.engine_args,
+            "tensor_parallel_size": tp,
         }
-        return {**common, "tensor_parallel_size": tp}
 
     def _serves_stock(self, tp: int) -> bool:
         """Whether stock serves the model at ``tp``, in whichever form."""
@@ -170,23 +159,28 @@ class Runs:
                     f"{option} {size} cuts quant blocks of {self.config.path}, so "
                     f"stock vLLM is no measure there; {self._advice()}"
                 )
+        given = self.args.engine_args
+        if self.control_tp == self.baseline_tp and given.items() >= ONE_BY_ONE.items():
+            raise UsageError(
+                f"the control would be the baseline again: both at TP {size}, prompt "
+                "by prompt. Leave max_num_seqs out of --engine-args, or give another "
+                "--control-tp."
+            )
 
     def _advice(self) -> str:
-        sizes = range(1, self.args.tp + 1)
-        if able := [str(size) for size in sizes if self._serves_stock(size)]:
+        tp, how = self.args.tp, ""
+        if able := [str(n) for n in range(1, tp + 1) if self._serves_stock(n)]:
             return f"it is at {', '.join(able)}."
         if self.args.model:
-            return (
-                f"nor at any up to {self.args.tp}. With --config in place of --model, "
-                "there may be one: it can widen a model by zeros."
-            )
-        return f"nor at any up to {self.args.tp}: there is nothing to judge by."
+            how = " There may be with --config, which can widen a model by zeros."
+        return f"nor at any up to {tp}: there is nothing to judge by.{how}"
 
 
-def prompts(vocab_size: int) -> list[list[int]]:
-    """Return what each run scores: token ids, the same ones each time."""
+def batches(vocab_size: int) -> list[list[list[int]]]:
+    """Return what each run scores, a list of prompts at a time: the same each time."""
     draw = random.Random(0)
+    shapes = [TOGETHER] + [(1, tokens) for times, tokens in ALONE for _ in range(times)]
     return [
-        [draw.randrange(3, vocab_size) for _ in range(PROMPT_TOKENS)]
-        for _ in range(PROMPTS)
+        [[draw.randrange(3, vocab_size) for _ in range(tokens)] for _ in range(prompts)]
+        for prompts, tokens in shapes
     ]

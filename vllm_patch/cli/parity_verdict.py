@@ -27,43 +27,46 @@ class Verdict:
     @property
     def unjudged(self) -> str | None:
         """Why the patched engine cannot be judged by these runs, or None."""
-        for role in ("baseline", "control"):
-            process, result = self.results[role]
-            if result.error:
+        for role, (process, result) in self.results.items():
+            counts = role in ("baseline", "control") or result.ended_outside
+            if result.error and counts and role != "stock":
                 return f"{process.label} failed: {result.error}"
-        control = self.differences["control"]
-        if not comparison.is_noise(control):
+        control, patched = self.differences["control"], self.differences.get("patched")
+        if not control.is_noise:
             return (
                 f"the control is {control.mean:.2f} nats from the baseline, too far to "
                 "judge by; try fewer --layers or another --control-tp"
             )
-        patched = self.results["patched"][1]
-        if not patched.error and patched.padding is None:
+        served = [result for _, result in self.results.values() if result.scores]
+        operators = {" and ".join(result.operators) for result in served}
+        if len(operators) > 1:
+            return f"the runs differ in more than TP: {' / '.join(operators)}"
+        if patched and self.results["patched"][1].padding is None:
             return (
                 "the plugin took no layer over: this TP size cuts no quant block, or "
                 "the run's log (--logs) says why"
             )
-        if not patched.error and self._is_beyond_the_control:
+        misses_noise = self._is_same_tp or not control.max
+        if patched and self.failure and misses_noise and patched.is_noise:
             return (
                 "patched is farther from the baseline than the control, but the "
-                "control has the same TP, and another TP adds noise that it does not "
-                "have; give --config and no --model, which makes other controls"
+                "control has the same TP or is exactly 0, and another TP adds noise "
+                "that it does not have; give --config and no --model, or --control-tp"
             )
         return None
 
     @property
-    def _is_beyond_the_control(self) -> bool:
-        """Whether patched differs as stock at another TP may, and control cannot."""
+    def _is_same_tp(self) -> bool:
         baseline, control = (
             self.results[role][0].engine["tensor_parallel_size"]
             for role in ("baseline", "control")
         )
-        patched = self.differences["patched"]
-        return (
-            baseline == control
-            and not comparison.holds(patched, self.differences["control"])
-            and comparison.is_noise(patched)
-        )
+        return baseline == control
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """How far patched may be from the baseline: mean and max, nats."""
+        return comparison.limits(self.differences["control"], self._is_same_tp)
 
     @property
     def failure(self) -> str | None:
@@ -71,8 +74,7 @@ class Verdict:
         process, result = self.results["patched"]
         if result.error:
             return f"{process.label} failed: {result.error}"
-        control, patched = self.differences["control"], self.differences["patched"]
-        if not comparison.holds(patched, control):
+        if not self.differences["patched"].within(self.limits):
             return "patched is farther from the baseline than noise explains"
         return None
 
@@ -88,37 +90,31 @@ class Verdict:
             return f"CANNOT BE JUDGED: {self.unjudged}"
         return f"NO PARITY: {self.failure}" if self.failure else "PARITY HOLDS"
 
-    def table(self, operators: str | None) -> str:
-        """Return a row for each run, then what was logged and allowed.
-
-        Args:
-            operators: Who multiplied FP8 weights on a CPU.
-
-        """
+    def table(self) -> str:
+        """Return a row for each run, then what was logged and allowed."""
         width = max(len(process.label) for process, _ in self.results.values()) + 2
         lines = [_row(width, *_HEAD)]
         for role, (process, result) in self.results.items():
             outcome = "fails" if result.error else "serves"
             gap = self.differences.get(role)
-            gaps = (
-                (f"{gap.mean:.4f}", f"{gap.max:.4f}", f"{gap.top1:.1%}")
-                if gap
-                else ("-", "-", "-")
-            )
+            gaps = ["-"] * 3
+            if gap:
+                gaps = [f"{gap.mean:.4f}", f"{gap.max:.4f}", f"{gap.top1:.1%}"]
             spent = f"{result.seconds:.0f}", f"{result.peak_bytes / GIB:.1f}"
             lines.append(_row(width, process.label, outcome, *gaps, *spent))
         lines.append("")
-        if "patched" in self.results:  # The last one, so all were made.
-            stock_process, stock = self.results["stock"]
-            if stock.error:
-                lines.append(f"{stock_process.label}: {stock.error}")
-            if padding := self.results["patched"][1].padding:
-                lines.append(padding)
-        if operators:
-            lines.append(f"FP8 operators on this CPU: {operators}")
-        if "control" in self.differences:
-            mean, most = comparison.limits(self.differences["control"])
-            lines.append(f"limits, nats: mean {mean:.4f}, max {most:.4f}")
+        for process, result in self.results.values():
+            if result.error and process.label not in str(self):
+                lines.append(f"{process.label}: {result.error}")
+            lines += filter(None, [result.padding])
+        lines += self.results["baseline"][1].operators
+        if control := self.differences.get("control"):
+            mean, most = self.limits
+            none = "" if control.max else " (the control is exactly 0: it saw no noise)"
+            lines.append(
+                f"limits over {control.positions} positions, nats: mean {mean:.4f}, "
+                f"max {most:.4f}{none}"
+            )
         return "\n".join([*lines, str(self)])
 
     def report(self) -> dict[str, Any]:
@@ -127,14 +123,9 @@ class Verdict:
         for role, (process, result) in self.results.items():
             gap = self.differences.get(role)
             runs[role] = {
-                "label": process.label,
-                "engine": process.engine,
-                "error": result.error,
-                "padding": result.padding,
-                "seconds": result.seconds,
-                "peak_bytes": result.peak_bytes,
+                **dataclasses.asdict(process),
+                **dataclasses.asdict(result),
                 "difference": dataclasses.asdict(gap) if gap else None,
-                **(result.scores or {}),
             }
         return {
             "parity": None if self.unjudged else not self.failure,
@@ -144,7 +135,6 @@ class Verdict:
 
 
 def _row(width: int, label: str, outcome: str, *cells: str) -> str:
-    widths = (14, 14, 10, 10, 8)
-    return f"{label:<{width}}{outcome:<8}" + "".join(
-        f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)
+    return "{:<{}}{:<8}{:>14}{:>14}{:>10}{:>10}{:>8}".format(
+        label, width, outcome, *cells
     )

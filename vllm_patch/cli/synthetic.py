@@ -47,7 +47,7 @@ def write_checkpoint(
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if len(shape) == 2 and module in linear and not _matches(module, skipped):
-            weight, scale = _fp8_blocks(_generator(name), shape, config.block)
+            weight, scale = fp8_blocks(_generator(name), shape, config.block)
             wide_shape = wide_shapes[name]
             if shape != wide_shape:
                 scale = _widen_scale(name, weight, scale, wide_shape, config.block)
@@ -78,10 +78,13 @@ def _tensor_shapes(
     from transformers.core_model_loading import revert_weight_conversion
 
     _write_config(model.fields, directory)
-    config = AutoConfig.from_pretrained(directory)
-    config.quantization_config = None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        config.quantization_config = None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{model.path}: no model for Transformers: {error}") from error
     # Experts are fused in the model and apart in published checkpoints.
     tensors = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
@@ -110,7 +113,7 @@ def _bfloat16(generator: torch.Generator, name: str, shape: tuple[int, ...]):
     return (torch.randn(shape, generator=generator) * std).bfloat16()
 
 
-def _fp8_blocks(
+def fp8_blocks(
     generator: torch.Generator, shape: tuple[int, ...], block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return an FP8 weight and its block scales, 10x apart between neighbours.

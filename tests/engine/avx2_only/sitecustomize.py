@@ -4,16 +4,11 @@ vLLM then loads its build for such CPUs, which has no FP8 operators.
 """
 
 import os
-import tempfile
-from pathlib import Path
 
 import wrapt
 
 os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
 os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
-# Inductor's cache knows the CPU, and not that it is to do with less.
-CACHE = Path(tempfile.gettempdir()) / f"torchinductor-avx2-only-{os.getuid()}"
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE)
 
 
 def _without_avx512(cpu) -> None:

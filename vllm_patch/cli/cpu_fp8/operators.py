@@ -1,59 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which FP8 operators this CPU gets, and how vLLM is brought to take them."""
 
-import enum
-import functools
+import logging
 from types import ModuleType
 
 import wrapt
 
 NAMES = ("convert_weight_packed", "fp8_scaled_mm_cpu", "fused_experts_cpu")
+CHECKS = {
+    "vllm.model_executor.layers.fused_moe.experts.cpu_moe": (
+        "CPUExpertsFp8._supports_current_device"
+    ),
+    "vllm.model_executor.kernels.linear.scaled_mm.cpu": (
+        "CPUFp8BlockScaledMMKernel.is_supported"
+    ),
+}
+# Only loggers below "vllm" have a handler in vLLM's processes.
+logger = logging.getLogger("vllm.vllm_patch")
 
 
-class Operators(enum.Enum):
-    """Who multiplies FP8 weights on this CPU; the values are for people."""
-
-    VLLM = "vLLM's own"
-    UNCHECKED = "vLLM's own, which run without AMX; only its check for AMX is left out"
-    PLAIN_TORCH = "plain torch: vLLM has none for this CPU"
+# Who multiplies FP8 weights on a CPU without AMX, for people.
+UNCHECKED = "vLLM's own, which run without AMX; only its check for AMX is left out"
+PLAIN_TORCH = "plain torch: vLLM has none for this CPU"
 
 
 def install() -> None:
-    """Have vLLM's modules changed as they are imported; imports nothing itself."""
-    for change, module in (
-        (_define, "vllm._custom_ops"),
-        (_allow_experts, "vllm.model_executor.layers.fused_moe.experts.cpu_moe"),
-        (_allow_linear, "vllm.model_executor.kernels.linear.scaled_mm.cpu"),
-    ):
-        wrapt.register_post_import_hook(change, module)
+    """Have vLLM's modules changed as they are imported; imports nothing itself.
+
+    A module that runs as ``__main__`` and starts an engine has to call it as
+    ``__mp_main__``, too: vLLM spawns its workers, which import it by that name.
+    """
+    wrapt.register_post_import_hook(_define, "vllm._custom_ops")
+    for module in CHECKS:
+        wrapt.register_post_import_hook(_answer, module)
 
 
-@functools.cache  # Before operators are defined in place of missing ones.
-def choose() -> Operators:
-    """Return what this process takes, once vLLM has loaded its operators."""
-    import torch
+def choose() -> str | None:
+    """Return what this CPU takes, by its flags as vLLM reads them; None: no change."""
+    from torch import cpu
 
-    if torch.cpu._is_amx_tile_supported():
-        return Operators.VLLM
-    # Only the build that vLLM loads on AVX-512 with BF16 holds them.
-    if all(hasattr(torch.ops._C, name) for name in NAMES):
-        return Operators.UNCHECKED
-    return Operators.PLAIN_TORCH
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or cpu._is_amx_tile_supported():
+        return None
+    # vLLM loads the build that holds the operators on these only.
+    if cpu._is_avx512_supported() and cpu._is_avx512_bf16_supported():
+        return UNCHECKED
+    return PLAIN_TORCH
 
 
 def _define(custom_ops: ModuleType) -> None:
-    if choose() is Operators.PLAIN_TORCH:
+    """Say what this process takes; define what it lacks."""
+    import torch
+
+    chosen = choose()
+    if not chosen:
+        return
+    missing = [name for name in NAMES if not hasattr(torch.ops._C, name)]
+    if chosen == PLAIN_TORCH:
         from vllm_patch.cli.cpu_fp8 import plain_torch
 
         plain_torch.define(custom_ops)
+    elif missing:
+        raise ImportError(
+            f"vLLM's operators {', '.join(missing)} are not there, but this CPU has "
+            "AVX-512 with BF16, for which vLLM has them: does `import vllm._C` fail?"
+        )
+    logger.warning("FP8 operators on this CPU: %s", chosen)
 
 
-# The two checks ask for the CPU, for AMX and for the operators; all else that vLLM
-# checks of a layer stays. Its attention asks for AMX too, and does need it.
-def _allow_experts(module: ModuleType) -> None:
-    module.CPUExpertsFp8._supports_current_device = staticmethod(lambda: True)
+def _answer(module: ModuleType) -> None:
+    """Have one of vLLM's checks take this CPU for one with AMX.
+
+    All else that it asks stays, and so do others: vLLM's attention does need AMX.
+    """
+    if choose():
+        wrapt.wrap_function_wrapper(module, CHECKS[module.__name__], _with_amx)
 
 
-def _allow_linear(module: ModuleType) -> None:
-    kernel = module.CPUFp8BlockScaledMMKernel
-    kernel.is_supported = classmethod(lambda cls, compute_capability=None: (True, None))
+def _with_amx(check, _instance, args, kwargs):
+    from torch import cpu
+
+    asked = cpu._is_amx_tile_supported
+    cpu._is_amx_tile_supported = lambda: True
+    try:
+        return check(*args, **kwargs)
+    finally:
+        cpu._is_amx_tile_supported = asked

@@ -37,6 +37,7 @@ def define(custom_ops: ModuleType) -> None:
     ):
         library.impl(name, function, "CompositeExplicitAutograd")
     _libraries.append(library)  # Gone with it are the operators.
+    custom_ops._supports_cpu_fp8_w8a16 = True  # It has looked for them before.
 
     signature = inspect.signature(custom_ops.fused_experts_cpu)
 
