@@ -201,7 +201,9 @@ def main() -> None:
         print(f"{tokens:6} tokens {time:8.1f} us  {tiles}", flush=True)
     sizes.out.mkdir(exist_ok=True)
     file = sizes.out / config_name(sizes.experts, layer.shard.size)
-    file.write_text(json.dumps(config, indent=4) + "\n")
+    # A line for each number of tokens.
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in config.items())
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(file)
 
 
