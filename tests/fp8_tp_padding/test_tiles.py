@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from vllm.model_executor.layers.fused_moe import fused_moe
 from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
     tile_choice,
     tuned_tiles,
@@ -38,8 +37,9 @@ def read(tmp_path):
 
 def test_the_tuned_file_is_found(monkeypatch):
     """In the plugin's folder or, in a vLLM tree, among those of vLLM's kernels."""
+    name = "E={},N={},device_name=NVIDIA_H200,dtype={},block_shape=[128,128].json"
     monkeypatch.setattr(
-        fused_moe.current_platform, "get_device_name", lambda: "NVIDIA H200"
+        tuned_tiles, "get_config_file_name", lambda *sizes: name.format(*sizes)
     )
     tuned_tiles.tuned_tiles.cache_clear()
     tuned = tuned_tiles.tuned_tiles(128, 192)
