@@ -64,7 +64,7 @@ PATCHES = (
         until="vLLM loads block-FP8 layers at any tensor-parallel size",
     ),
     Patch(
-        name="experts",
+        name="masked",
         module="vllm.model_executor.layers.fused_moe.oracle.fp8",
         attribute="backend_to_kernel_cls",
         wrapper="vllm_patch.wrappers:with_masked_experts",

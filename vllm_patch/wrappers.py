@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The replacements that the patch table names: each gets the original to call."""
+"""The replacements that the patch table names: each gets the original to call.
+
+What vLLM makes of a layer decides whether it is replaced.
+"""
 
 import functools
 from collections.abc import Callable

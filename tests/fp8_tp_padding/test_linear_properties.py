@@ -34,7 +34,7 @@ def dequantize_one_by_one(weight: torch.Tensor, scale: torch.Tensor) -> torch.Te
 def load(layout, weights, scales):
     """Load all shards through the loaders; return the dequantized buffer."""
     buffers = {}
-    for tensor in linear_loader.linear_tensors(layout):
+    for tensor in linear_loader.linear_tensors(layout, "weight_scale_inv"):
         rows = sum(window.span for window in layout.output_windows())
         if tensor.kind == "scale":
             rows = sum(window.span for window in layout.output_blocks())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Which tiles the masked kernels get, and tuned files that are wrong."""
+"""Which tuned tiles a call gets, and tuned files that are wrong."""
 
 import json
 

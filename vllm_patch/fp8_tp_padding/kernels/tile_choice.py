@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Chooses tile sizes for a call of the masked kernels."""
+"""Chooses tiles for a call of the masked kernels: a tuned file's, else a rule's.
+
+The rule tells Hopper from all other GPUs.
+"""
 
 import functools
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Tile sizes of the masked kernels: one plan for few tokens, one for many."""
+"""What tiles of the masked kernels are: their fields and what these may be."""
 
 import math
 from dataclasses import dataclass, replace

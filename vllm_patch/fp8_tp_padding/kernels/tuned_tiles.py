@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Reads the tile sizes that were tuned for a GPU, an expert's size and their number."""
+"""Reads tiles that were tuned for a GPU, an expert's columns and how many there are.
+
+They go before the rule. ``benchmarks.tune_moe`` of vllm-patch writes them.
+"""
 
 import functools
 import inspect

@@ -15,14 +15,20 @@ from .sliced_tensor import SlicedTensor, SlicedTensors
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
-def linear_tensors(layout: LinearLayout) -> list[SlicedTensor]:
-    """Return weight and scale of each logical shard, one after the other."""
+def linear_tensors(layout: LinearLayout, scale_name: str) -> list[SlicedTensor]:
+    """Return weight and scale of each logical shard, one after the other.
+
+    Args:
+        layout: The layer's slices.
+        scale_name: Name of the parameter that holds block scales.
+
+    """
     weights = layout.output_windows(), layout.input_window()
     scales = layout.output_blocks(), layout.input_blocks()
     tensors = []
     for name, kind, (outputs, inputs) in (
         ("weight", "weight", weights),
-        ("weight_scale_inv", "scale", scales),
+        (scale_name, "scale", scales),
     ):
         offset = 0
         for index, window in enumerate(outputs):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Block-FP8 experts at tensor-parallel sizes that cut a quant block."""
+"""vLLM's ``Fp8MoEMethod`` for experts that are cut inside a quant block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

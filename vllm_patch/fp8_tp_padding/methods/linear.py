@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""Block-FP8 linear layers at tensor-parallel sizes that cut a quant block."""
+"""vLLM's ``Fp8LinearMethod`` for layers that are cut inside a quant block."""
 
 import torch
 
@@ -16,6 +16,9 @@ from ..slices.linear_layout import LinearLayout, has_stock_loader, linear_layout
 from ..slices.window import Window
 from . import engagement
 from .store import Padded
+
+# As Fp8LinearMethod calls block scales.
+SCALE_NAME = "weight_scale_inv"
 
 
 def cut_layout(quant_config: Fp8Config, layer: torch.nn.Module) -> LinearLayout | None:
@@ -91,7 +94,7 @@ class CutFp8LinearMethod(Fp8LinearMethod):
         self._set_sizes(layer, input_size_per_partition, rows)
         self._real_columns = RealColumns(outputs)
         self._choose_kernel(inputs)
-        sliced = linear_tensors(self.layout)
+        sliced = linear_tensors(self.layout, SCALE_NAME)
         self._tensors = SlicedTensors(layer.prefix, sliced, experts=None)
         stock_loader = extra_weight_attrs["weight_loader"]
         for name in {tensor.parameter: None for tensor in sliced}:
