@@ -114,6 +114,18 @@ MUTANTS = (
         "out += (partial * _per_pair(scale, SWAP)).to(tl.bfloat16).to(tl.float32)",
     ),
     Mutant(
+        "choice: blocks of any size are taken",
+        "kernels/masked_experts.py",
+        "shard.num_blocks) != BLOCK",
+        "shard.num_blocks) < 1",
+    ),
+    Mutant(
+        "choice: what vLLM says of its Triton experts is left out",
+        "kernels/masked_experts.py",
+        "        if supported:\n",
+        "        if True:\n",
+    ),
+    Mutant(
         "linear: a column too few is quantized",
         "kernels/input_quant.py",
         "(column < lead + size)",

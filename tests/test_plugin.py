@@ -147,6 +147,26 @@ def test_somebody_elses_replacement_is_named_and_kept(
     )
 
 
+def test_without_masked_experts_layers_are_still_taken(
+    fp8_config, monkeypatch, warnings
+):
+    from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
+
+    def somebodys(backend):
+        raise AssertionError("not called")
+
+    stock = fp8_config.get_quant_method
+    monkeypatch.setattr(oracle, "backend_to_kernel_cls", somebodys)
+    plugin_module.register()
+    assert oracle.backend_to_kernel_cls is somebodys
+    assert fp8_config.get_quant_method is not stock
+    plugin_module.unregister()
+    (warning,) = warnings()
+    assert warning.getMessage().endswith(
+        "leaves it alone: experts are padded, and not multiplied by masked kernels."
+    )
+
+
 def test_unregister_keeps_what_somebody_put_on_top(fp8_config, monkeypatch, warnings):
     stock = fp8_config.get_quant_method
     plugin_module.register()

@@ -25,6 +25,8 @@ class Patch:
         why: What the replacement is for.
         link: Where upstream discusses it.
         until: What makes the row removable.
+        without: What becomes of layers if only this row cannot be applied; without
+            that, vLLM stays stock.
 
     """
 
@@ -36,6 +38,7 @@ class Patch:
     why: str
     link: str
     until: str
+    without: str = ""
 
     @property
     def target(self) -> str:
@@ -72,6 +75,7 @@ PATCHES = (
         why="vLLM's choice of experts knows the masked Triton kernels",
         link=ISSUE,
         until="vLLM's Triton experts take columns that are cut inside a quant block",
+        without="experts are padded, and not multiplied by masked kernels",
     ),
 )
 

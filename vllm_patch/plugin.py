@@ -114,6 +114,9 @@ def _on_import(patch: Patch, _module) -> None:
     try:
         patch_table.apply(patch)
     except UnexpectedTarget as error:
+        if patch.without:
+            _warn(f"{error}: {patch.without}.")
+            return
         unregister()
         _stay_stock(f"{error}.")
 

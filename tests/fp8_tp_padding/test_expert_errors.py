@@ -105,6 +105,15 @@ def test_a_load_that_failed_does_not_complete_the_next_one(layer, broken):
         experts.process(layer, 8, 3)
 
 
+def test_a_layer_whose_load_was_refused_is_not_used(layer):
+    """Though all came before, and nothing after."""
+    load(layer, Checkpoint.random(1536))
+    with pytest.raises(ValueError):
+        experts.load_tensor(layer, "w13_weight", torch.zeros(1), "w1", 0)
+    with fails("(12 of 12 tensors are)"):
+        experts.process(layer, 8, 3)
+
+
 def test_missing_scale(layer):
     checkpoint = Checkpoint.random(1536)
     checkpoint.scales["w3"] = []

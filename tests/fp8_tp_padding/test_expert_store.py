@@ -5,6 +5,9 @@
 import pytest
 import torch
 
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    masked_experts,
+)
 from vllm.model_executor.layers.quantization.fp8_tp_padding.methods.store import (
     Compact,
     Padded,
@@ -86,8 +89,35 @@ def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
         ({"has_bias": True}, "masked kernels add no biases"),
         ({"swiglu_limit": 7.0}, "masked kernels do not clamp the activation"),
         ({"activation": "gelu"}, "masked kernels compute SiLU and gate, not gelu"),
+        ({"weight_block_size": (64, 64)}, "masked kernels take blocks of 128, not 64"),
+        ({"weight_block_size": (32, 32)}, "masked kernels take blocks of 128, not 32"),
     ],
 )
 def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
-    layer = build(384, 2, 1, **kwargs)
+    layer = build(288, 2, 1, **kwargs)
     assert layer.quant_method.store == Padded(reason)
+
+
+@pytest.mark.parametrize("refused", ["platform", "format", "key"])
+def test_vllms_choice_may_refuse_masked_experts(monkeypatch, refused):
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    keys = [quant_utils.kFp8Static128BlockSym, quant_utils.kFp8Dynamic128Sym]
+    formats = [mk.FusedMoEActivationFormat.Standard]
+    config = build(384, 2, 1).moe_config
+
+    def supported():
+        masked = masked_experts.MaskedTritonExperts
+        return masked.is_supported_config(masked, config, *keys, *formats)
+
+    assert supported() == (True, None)
+    if refused == "platform":
+        platform = masked_experts.current_platform
+        monkeypatch.setattr(platform, "is_cuda", lambda: False)
+    elif refused == "format":
+        formats[0] = mk.FusedMoEActivationFormat.BatchedExperts
+    else:
+        keys[0] = quant_utils.kFp8StaticTensorSym
+    is_supported, reason = supported()
+    assert not is_supported and reason

@@ -3,8 +3,8 @@
 """FP8 constants, and the rounding rule of all kernels here.
 
 A group's scale is its largest absolute value over 448, and a value's code the value
-times the scale's reciprocal, each rounded once as IEEE says: what vLLM's own CUDA
-kernel (``per_token_group_quant_fp8``) writes, bit for bit.
+times the scale's reciprocal, each rounded once as IEEE says, as in the CUDA kernel of
+vLLM 0.33.0 (``per_token_group_quant.cu``).
 """
 
 import torch

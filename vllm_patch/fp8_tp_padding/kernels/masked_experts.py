@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.platforms import current_platform
 
-from ..slices.shard import BlockShard, block_shard
+from ..slices.shard import block_shard
 from .fp8_quant import BLOCK
 from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
 from .tile_choice import tiles_for
@@ -40,7 +40,9 @@ class MaskedTritonExperts(TritonExperts):
 
     def __init__(self, moe_config: FusedMoEConfig, quant_config: FusedMoEQuantConfig):
         super().__init__(moe_config, quant_config)
-        self.block_shard: BlockShard = moe_config.fp8_tp_shard
+        self.block_shard = block_shard(
+            moe_config.intermediate_size, BLOCK, moe_config.tp_rank, moe_config.tp_size
+        )
 
     @staticmethod
     def is_supported_config(
@@ -55,7 +57,7 @@ class MaskedTritonExperts(TritonExperts):
             return False, "no quant block is cut"
         keys = weight_key, activation_key
         if keys != (kFp8Static128BlockSym, kFp8Dynamic128Sym):
-            return False, f"masked kernels take blocks of 128, not {weight_key}"
+            return False, f"masked kernels do not take {weight_key} x {activation_key}"
         supported, reason = TritonExperts.is_supported_config(
             cls, moe_config, weight_key, activation_key, activation_format
         )
@@ -70,6 +72,10 @@ class MaskedTritonExperts(TritonExperts):
             return "VLLM_FP8_TP_PADDING=padded"
         if not current_platform.is_cuda():
             return "masked kernels are written for CUDA"
+        # Up to 0.28, the key of the weights is the same for all blocks.
+        shard = moe.fp8_tp_shard
+        if (block := shard.span // shard.num_blocks) != BLOCK:
+            return f"masked kernels take blocks of {BLOCK}, not {block}"
         if moe.activation != MoEActivation.SILU or not moe.is_act_and_mul:
             return f"masked kernels compute SiLU and gate, not {moe.activation.value}"
         if moe.swiglu_limit is not None:

@@ -131,6 +131,7 @@ class SlicedTensors:
             [None] if experts is None else [*range(experts)]
         )
         self._loaded: set[tuple[SlicedTensor, int | None]] = set()
+        self._refused = False
 
     def of(self, parameter: str) -> dict[str | int, SlicedTensor]:
         """Return the tensors of a parameter by shard, in the order of their slots."""
@@ -165,6 +166,7 @@ class SlicedTensors:
         A later one starts anew and must be complete by itself.
         """
         self._loaded.clear()
+        self._refused = True
         raise ValueError(f"{self.layer}: {message}")
 
     def check_loaded(self, layer: torch.nn.Module) -> None:
@@ -175,7 +177,8 @@ class SlicedTensors:
         one by one, because vLLM's sparse updates mark unchanged ones with NaN.
         """
         loaded, self._loaded = self._loaded, set()
-        if not loaded:
+        refused, self._refused = self._refused, False
+        if not loaded and not refused:
             return
         self._check_complete(loaded)
         for tensor in self.tensors:
