@@ -34,7 +34,7 @@ def tree(release, tmp_path) -> Path:
 
 
 def copy_of_release(release: str, target: Path) -> Path:
-    for path in ("vllm/__init__.py", "pyproject.toml", *STOCK[release]):
+    for path in ("vllm/__init__.py", "setup.py", *STOCK[release]):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(fetch(release) / path, target / path)
     return target
@@ -144,7 +144,7 @@ def test_a_reader_that_has_read_enough(tree):
 
 
 def test_site_packages_get_no_tests(tree):
-    (tree / "pyproject.toml").unlink()
+    (tree / "setup.py").unlink()
     shutil.rmtree(tree / "tests", ignore_errors=True)
     (tree / "tests").mkdir()
     before = snapshot(tree)
@@ -294,6 +294,39 @@ def test_a_failure_while_writing_changes_nothing(
     assert snapshot(tree) == before
     if how is FULL:
         assert f"on device. {tree} is as it was before." in capsys.readouterr().err
+
+
+def test_a_disk_that_stays_full_changes_nothing(tree, capsys, monkeypatch):
+    """Putting things back takes no space."""
+    before = snapshot(tree)
+    write, calls = Path.write_bytes, []
+
+    def full(file, content):
+        if file.is_relative_to(tree):
+            calls.append(file)
+            if len(calls) > 14:
+                raise FULL
+        return write(file, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert f"{tree} is as it was before." in refused(capsys, tree)
+    assert len(calls) > 14 and snapshot(tree) == before
+
+
+def test_a_file_in_place_of_the_folder(tree, capsys):
+    (tree / LIBRARY).write_text("")
+    before = snapshot(tree)
+    refused(capsys, tree)
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("stated", ["0.34.0", "0.27.0"])
+def test_a_tree_that_states_an_unknown_release(tree, capsys, stated):
+    """Whatever its files are: others than those that are compared differ."""
+    (tree / "PKG-INFO").write_text(f"Metadata-Version: 2.1\nVersion: {stated}\n")
+    before = snapshot(tree)
+    assert f"is vLLM {stated}; known are 0.26.0" in refused(capsys, tree)
+    assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize("made", [0, 1])

@@ -4,19 +4,20 @@
 import argparse
 import fcntl
 import os
+import re
 import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vllm_patch.cli.errors import UsageError
-from vllm_patch.series.diffs import STOCK, blob_hash, changes
+from packaging.version import InvalidVersion, Version
 
-# Path in the tree -> content, None where there is no such file.
-Files = dict[str, bytes | None]
+from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli.tree_write import Files, contents, write_all
+from vllm_patch.series.diffs import STOCK, blob_hash, changes
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UsageError(f"{error}. {root} is as it was before.") from error
+        raise UsageError(f"{error}. {root} was not changed.") from error
 
 
 def _run(args: argparse.Namespace, root: Path) -> int:
@@ -69,7 +70,7 @@ def _run(args: argparse.Namespace, root: Path) -> int:
         if args.dry_run:
             print(f"would {'remove' if others[path] is None else 'write'} {path}")
     if not args.dry_run:
-        _write(root, others)
+        write_all(root, others)
         done = "Took the change out of" if args.reverse else "Patched"
         print(f"{done} {what}: {len(others)} files.")
     return 0
@@ -101,10 +102,13 @@ def _turned(root: Path) -> tuple[str, bool, Files]:
     """
     foreign = {}
     # site-packages have no place for tests.
-    top = "" if (root / "pyproject.toml").is_file() else "vllm/"
+    top = "" if (root / "setup.py").is_file() else "vllm/"
+    stated = _stated(root)
+    if stated and not stated.is_devrelease and stated.public not in STOCK:
+        raise UsageError(f"{root} is vLLM {stated}; known are {', '.join(STOCK)}.")
     for release in reversed(STOCK):
         diffs = {p: d for p, d in changes(release).items() if p.startswith(top)}
-        found = _contents(root, diffs)
+        found = contents(root, diffs)
         foreign[release] = _foreign(found, release)
         if not foreign[release]:
             return release, False, _git_apply(found, diffs)
@@ -112,13 +116,29 @@ def _turned(root: Path) -> tuple[str, bool, Files]:
             foreign[release] = _foreign(stock, release)
             if not foreign[release]:
                 return release, True, stock
-    nearest, wrong = min(foreign.items(), key=lambda item: len(item[1]))
+    nearest = stated.public if stated else None
+    if nearest not in foreign:
+        nearest = min(foreign, key=lambda release: len(foreign[release]))
+    wrong = foreign[nearest]
     raise UsageError(
         f"{root} has local edits, a part of the change, or another release than "
         f"{', '.join(STOCK)}. Nearest is {nearest}, but not in "
         f"{', '.join(wrong[:5])}{' and more' * (len(wrong) > 5)}. Restore vLLM's own "
         "files, and remove fp8_tp_padding/ where it is left over."
     )
+
+
+def _stated(root: Path) -> Version | None:
+    """Return the version that a tree states; a checkout states none."""
+    for name, pattern in (
+        ("vllm/_version.py", r"^__version__ = (?:version = )?['\"](.+)['\"]"),
+        ("PKG-INFO", r"^Version: (.+)"),
+    ):
+        text = (root / name).read_text() if (root / name).is_file() else ""
+        if found := re.search(pattern, text, re.MULTILINE):
+            with suppress(InvalidVersion):
+                return Version(found[1].strip())
+    return None
 
 
 def _foreign(files: Files, release: str) -> list[str]:
@@ -133,19 +153,17 @@ def _git_apply(files: Files, diffs: dict[str, str], *options: str) -> Files | No
     environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     patch = "".join(diffs.values()).encode()
     with tempfile.TemporaryDirectory() as scratch:
-        _put_all(Path(scratch), files)
+        for path, content in files.items():
+            if content is not None:
+                (Path(scratch) / path).parent.mkdir(parents=True, exist_ok=True)
+                (Path(scratch) / path).write_bytes(content)
         # Inside a repository git apply would say yes and change nothing.
         environment["GIT_CEILING_DIRECTORIES"] = str(Path(scratch).resolve().parent)
         command = ["git", "apply", "--whitespace=nowarn", *options]
         done = subprocess.run(
             command, cwd=scratch, env=environment, input=patch, capture_output=True
         )
-        return _contents(Path(scratch), files) if done.returncode == 0 else None
-
-
-def _contents(root: Path, paths: Iterable[str]) -> Files:
-    files = {path: root / path for path in paths}
-    return {p: f.read_bytes() if f.is_file() else None for p, f in files.items()}
+        return contents(Path(scratch), files) if done.returncode == 0 else None
 
 
 def _check_writable(file: Path) -> None:
@@ -154,45 +172,3 @@ def _check_writable(file: Path) -> None:
         # Root may write everywhere, and should not where its owner does not.
         if not os.access(place, os.W_OK) or not place.stat().st_mode & stat.S_IWUSR:
             raise UsageError(f"{place} is read-only: make it writable, or copy TREE.")
-
-
-def _write(root: Path, files: Files) -> None:
-    """Write, or remove, all files; after any failure the tree is as it was."""
-    before = _contents(root, files)
-    try:
-        _put_all(root, files)
-    except BaseException:
-        _put_all(root, before)
-        raise
-
-
-def _put_all(root: Path, files: Files) -> None:
-    # What goes makes room for what comes.
-    for path, content in sorted(files.items(), key=lambda file: file[1] is not None):
-        if content is None:
-            _remove(root, path)
-        elif content != _contents(root, [path])[path]:
-            _replace(root / path, content)
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write by a rename, so that hard links to a package cache keep their content."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f"{file.name}.vllm-patch")
-    try:
-        staged.write_bytes(content)
-        if file.exists():
-            shutil.copymode(file, staged)
-        os.replace(staged, file.resolve())
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _remove(root: Path, path: str) -> None:
-    """Remove a file, what Python compiled from it, and folders left empty."""
-    file, cache = root / path, (root / path).parent / "__pycache__"
-    for gone in (file, *cache.glob(f"{file.stem}.*.pyc")):
-        gone.unlink(missing_ok=True)
-    for folder in (cache, *(root / parent for parent in Path(path).parents[:-1])):
-        with suppress(OSError):  # It holds something, or is not there.
-            folder.rmdir()
