@@ -313,6 +313,19 @@ def test_a_disk_that_stays_full_changes_nothing(tree, capsys, monkeypatch):
     assert len(calls) > 14 and snapshot(tree) == before
 
 
+@pytest.mark.parametrize("suffix", ["old", "new"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_what_a_killed_run_left_is_named_and_kept(tree, capsys, suffix, patched):
+    if patched:
+        main(["apply", str(tree)])
+    left = tree / f"{FP8}.vllm-patch-{suffix}"
+    left.write_text("of another release")
+    before = snapshot(tree)
+    message = refused(capsys, tree, *(["--reverse"] if patched else []))
+    assert f"{left} was left by a run that was killed" in message
+    assert snapshot(tree) == before
+
+
 def test_a_file_in_place_of_the_folder(tree, capsys):
     (tree / LIBRARY).write_text("")
     before = snapshot(tree)

@@ -36,6 +36,7 @@ def write_all(root: Path, files: Files) -> None:
     before = contents(root, files)
     changed = [path for path in files if files[path] != before[path]]
     changed.sort(key=lambda path: (files[path] is None) - (before[path] is None))
+    _check_no_leftovers([(root / path).resolve() for path in changed])
     folders = _missing_folders([root / p for p in changed if files[p] is not None])
     try:
         for folder in folders:
@@ -66,6 +67,16 @@ def write_all(root: Path, files: Files) -> None:
             _remove_traces(root, path)
 
 
+def _check_no_leftovers(files: list[Path]) -> None:
+    """Raise UsageError if a run that was killed left one of its files behind."""
+    names = (_beside(file, suffix) for file in files for suffix in (NEW, OLD))
+    if left := [str(name) for name in names if name.exists()]:
+        raise UsageError(
+            f"{', '.join(left)} was left by a run that was killed. Look whether vLLM's "
+            "own files are what you want, restore them if not, and remove it."
+        )
+
+
 def _beside(file: Path, suffix: str) -> Path:
     return file.with_name(file.name + suffix)
 
@@ -86,11 +97,9 @@ def _stage(file: Path, content: bytes | None) -> None:
 
 
 def _keep(file: Path, name: Path) -> None:
-    """Give a file a second name; one that is there is of a run that was killed."""
+    """Give a file a second name."""
     try:
         os.link(file, name)
-    except FileExistsError:
-        raise
     except OSError:
         # Not every file system has hard links.
         shutil.copy2(file, name)
