@@ -36,20 +36,21 @@ def write_all(root: Path, files: Files) -> None:
     before = contents(root, files)
     changed = [path for path in files if files[path] != before[path]]
     changed.sort(key=lambda path: (files[path] is None) - (before[path] is None))
-    _check_no_leftovers([(root / path).resolve() for path in changed])
+    places = {path: (root / path).resolve() for path in changed}
+    _check_no_leftovers([*places.values()])
     folders = _missing_folders([root / p for p in changed if files[p] is not None])
     try:
         for folder in folders:
             folder.mkdir()
-        for path in changed:
-            _stage((root / path).resolve(), files[path])
-        for path in changed:
-            _swap((root / path).resolve(), files[path] is None)
+        for path, place in places.items():
+            _stage(place, files[path])
+        for path, place in places.items():
+            _swap(place, files[path] is None)
     except BaseException as error:
         # A second signal must not stop this.
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         handlers = {n: signal.signal(n, signal.SIG_IGN) for n in numbers}
-        _put_back(root, before, changed, folders)
+        _put_back(before, places, folders)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         after = contents(root, files)
@@ -61,8 +62,8 @@ def write_all(root: Path, files: Files) -> None:
         if isinstance(error, OSError):
             raise UsageError(f"{error}. {root} is as it was before.") from error
         raise
-    for path in changed:
-        _beside((root / path).resolve(), OLD).unlink(missing_ok=True)
+    for path, place in places.items():
+        _beside(place, OLD).unlink(missing_ok=True)
         if files[path] is None:
             _remove_traces(root, path)
 
@@ -112,12 +113,9 @@ def _swap(file: Path, goes: bool) -> None:
         os.replace(_beside(file, NEW), file)
 
 
-def _put_back(
-    root: Path, before: Files, changed: list[str], folders: list[Path]
-) -> None:
+def _put_back(before: Files, places: dict[str, Path], folders: list[Path]) -> None:
     """Undo as much as can be undone."""
-    for path in changed:
-        file = (root / path).resolve()
+    for path, file in places.items():
         with suppress(OSError):
             _beside(file, NEW).unlink()
         with suppress(OSError):

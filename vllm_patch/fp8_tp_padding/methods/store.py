@@ -3,7 +3,6 @@
 """How the weights of a cut layer are stored, and why."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
@@ -38,18 +37,13 @@ class Padded:
 Store = Compact | Padded
 
 
-class TakesCompact(Protocol):
-    """Experts that vLLM may choose and that take compact weights."""
-
-    @staticmethod
-    def why_padded(moe: FusedMoEConfig) -> str | None:
-        """Return why these experts do not take a cut layer, or None."""
-
-
 def store_for(
     experts_cls: type | None, backend: oracle.Fp8MoeBackend, moe: FusedMoEConfig
 ) -> Store:
     """Return how experts are stored for the kernels that vLLM chose.
+
+    Kernels that take compact weights have a static ``why_padded(moe)``: why they do not
+    take a cut layer, or None.
 
     Args:
         experts_cls: What it chose.
