@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""vLLM's ``Fp8MoEMethod`` for experts that are cut inside a quant block."""
+"""vLLM's methods for experts that are cut inside a quant block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 
 import vllm.envs as envs
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
@@ -24,47 +25,51 @@ from .store import Compact, store_for
 logger = init_logger("vllm.fp8_tp_padding")
 
 
-def is_cut(quant_config: Fp8Config, layer: RoutedExperts) -> bool:
-    """Whether experts are cut inside a quant block, and are not left to stock vLLM.
+def is_cut(blocks: list[int] | None, moe: FusedMoEConfig) -> bool:
+    """Whether tensor parallelism cuts experts inside a quant block.
 
     Never true for per-tensor scales, for sizes that fall on block boundaries,
     under expert parallelism, or with ``VLLM_FP8_TP_PADDING=off``.
     """
-    moe = layer.moe_config
-    blocks = quant_config.weight_block_size
     if blocks is None or moe.moe_parallel_config.use_ep:
         return False
     size = moe.intermediate_size // moe.tp_size
     if all(size % block == 0 for block in blocks):
         return False
-    if envs.VLLM_FP8_TP_PADDING == "off":
-        return False
+    return envs.VLLM_FP8_TP_PADDING != "off"
+
+
+def is_left_to_stock(blocks: list[int], moe: FusedMoEConfig) -> bool:
+    """Whether there is no method for these cut experts; warns why."""
     obstacle = _obstacle(moe, blocks)
     if obstacle is None:
-        return True
+        return False
     logger.warning_once(
         "Experts of %d / TP %d = %d columns cut the quant blocks %s and are left to "
         "stock vLLM: %s.",
         moe.intermediate_size,
         moe.tp_size,
-        size,
+        moe.intermediate_size // moe.tp_size,
         str(blocks),
         obstacle,
     )
-    return False
+    return True
 
 
 def cut_experts_method(
     quant_config: Fp8Config, layer: RoutedExperts
 ) -> "CutFp8MoEMethod | None":
     """Return the method for experts that are cut inside a quant block, else None."""
-    if not is_cut(quant_config, layer):
+    blocks, moe = quant_config.weight_block_size, layer.moe_config
+    if not is_cut(blocks, moe) or is_left_to_stock(blocks, moe):
         return None
-    return CutFp8MoEMethod(quant_config, layer)
+    with cut_sizes(blocks, moe):
+        method = Fp8MoEMethod(quant_config, layer)
+    return CutFp8MoEMethod.made_of(method, layer)
 
 
 def _obstacle(moe: FusedMoEConfig, blocks: list[int]) -> str | None:
-    """Why this layer is left to stock vLLM, or None."""
+    """Why these experts are left to stock vLLM, or None."""
     block_n, block_k = blocks
     if block_n != block_k:
         return "the blocks are not square"
@@ -77,43 +82,44 @@ def _obstacle(moe: FusedMoEConfig, blocks: list[int]) -> str | None:
     return None
 
 
-def expert_shard(quant_config: Fp8Config, moe: FusedMoEConfig) -> BlockShard:
+def expert_shard(blocks: list[int], moe: FusedMoEConfig) -> BlockShard:
     """Where this rank's intermediate columns lie on the block grid.
 
     The rank and size are those of the experts, flattened over data parallelism.
     """
-    block_n = quant_config.weight_block_size[0]
-    return block_shard(moe.intermediate_size, block_n, moe.tp_rank, moe.tp_size)
+    return block_shard(moe.intermediate_size, blocks[0], moe.tp_rank, moe.tp_size)
 
 
-def _set_partition_size(moe: FusedMoEConfig, size: int) -> None:
-    """Make ``size`` the intermediate columns that vLLM sees on this rank.
+def _show(shard: BlockShard, moe: FusedMoEConfig) -> None:
+    """Make the layer one of ``span`` columns to vLLM, and so to its choice of kernel.
 
     The "unpadded" size follows: backends that know it take the padding to be at
-    the end, while ours may also come first.
+    the end, while ours may also come first. Experts that take compact weights know
+    the layer by its slice.
     """
-    moe.intermediate_size_per_partition = size
-    moe.intermediate_size_per_partition_unpadded = size
+    moe.intermediate_size_per_partition = shard.span
+    moe.intermediate_size_per_partition_unpadded = shard.span
+    moe.fp8_tp_shard = shard
 
 
 @contextmanager
-def padded_sizes(quant_config: Fp8Config, moe: FusedMoEConfig) -> Iterator[None]:
-    """Show the padded sizes while vLLM judges the layer, then restore them."""
+def cut_sizes(blocks: list[int], moe: FusedMoEConfig) -> Iterator[None]:
+    """Show vLLM the layer of whole blocks while it judges it, then the real one."""
     padded = moe.intermediate_size_per_partition
     unpadded = moe.intermediate_size_per_partition_unpadded
-    _set_partition_size(moe, expert_shard(quant_config, moe).span)
+    _show(expert_shard(blocks, moe), moe)
     try:
         yield
     finally:
         moe.intermediate_size_per_partition = padded
         moe.intermediate_size_per_partition_unpadded = unpadded
+        moe.fp8_tp_shard = None
 
 
-class CutFp8MoEMethod(Fp8MoEMethod):
-    """``Fp8MoEMethod`` on the checkpoint's grid of quant blocks.
+class CutExperts:
+    """What methods for cut experts have in common, beside one of vLLM's own.
 
-    To vLLM, and so to the choice of kernel, the layer is one of ``span`` columns.
-    Where it chooses experts that take compact weights, the rank stores its real
+    Where vLLM chooses experts that take compact weights, the rank stores its real
     columns, and only scales come in whole blocks. Otherwise weights come in whole
     blocks, too:
 
@@ -123,20 +129,31 @@ class CutFp8MoEMethod(Fp8MoEMethod):
     scale, and zero weights add nothing to an output. (vLLM's CPU kernel reads
     the FP8 code 0 as 2**-7, next to codes of up to 448: still nothing.)
 
-    Args:
-        quant_config: A block-quantized FP8 config.
-        layer: The experts, for which ``is_cut`` holds.
-
     Attributes:
         block_shard: The rank's columns.
         store: ``Compact()`` or ``Padded(because)``.
-
-    Raises:
-        ValueError: The layer interleaves gate and up rows.
+        weight_scale_name: What follows ``w13_`` and ``w2_`` in the names of block
+            scales. It is of vLLM's method, as are ``moe``, ``weight_block_size``,
+            ``fp8_backend`` and ``experts_cls``.
 
     """
 
-    def __init__(self, quant_config: Fp8Config, layer: RoutedExperts):
+    weight_scale_name: str
+
+    @classmethod
+    def made_of(cls, method: FusedMoEMethodBase, layer: RoutedExperts) -> Self:
+        """Return a method that vLLM made while it saw ``cut_sizes``, as one of ours.
+
+        Whatever it takes to make one is left to vLLM: only the class changes.
+
+        Args:
+            method: One of the class that this one extends.
+            layer: The experts, for which ``is_cut`` holds.
+
+        Raises:
+            ValueError: The layer interleaves gate and up rows.
+
+        """
         moe = layer.moe_config
         if moe.activation == MoEActivation.SWIGLUOAI:
             raise ValueError(
@@ -146,13 +163,13 @@ class CutFp8MoEMethod(Fp8MoEMethod):
                 "tensor-parallel size that keeps whole blocks, expert parallelism, "
                 "or VLLM_FP8_TP_PADDING=off."
             )
-        self.block_shard = expert_shard(quant_config, moe)
-        # Both stay set: vLLM allocates, and later runs, what the config says, and
-        # experts that take compact weights know the layer by its slice.
-        _set_partition_size(moe, self.block_shard.span)
-        moe.fp8_tp_shard = self.block_shard
-        super().__init__(quant_config, layer)
-        self.store = store_for(self.experts_cls, self.fp8_backend, moe)
+        cut = object.__new__(cls)
+        vars(cut).update(vars(method))
+        cut.block_shard = expert_shard(method.weight_block_size, moe)
+        # For good: vLLM allocates, and later runs, what the config says.
+        _show(cut.block_shard, moe)
+        cut.store = store_for(cut.experts_cls, cut.fp8_backend, moe)
+        return cut
 
     def create_weights(
         self,
@@ -235,3 +252,7 @@ class CutFp8MoEMethod(Fp8MoEMethod):
         )
         projections = 3 if moe.is_act_and_mul else 2
         engagement.record(size, projections * num_experts * hidden_size)
+
+
+class CutFp8MoEMethod(CutExperts, Fp8MoEMethod):
+    """``Fp8MoEMethod`` on the checkpoint's grid of quant blocks."""

@@ -1,29 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
-"""vLLM's ``Fp8LinearMethod`` for layers that are cut inside a quant block."""
+"""vLLM's methods for linear layers that are cut inside a quant block."""
+
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 
 import vllm.envs as envs
-from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
+from vllm.model_executor.kernels.linear import (
+    MarlinFP8ScaledMMLinearKernel,
+    MMLinearKernel,
+)
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 
 from ..kernels.columns import PaddedColumns, RealColumns
 from ..kernels.input_quant import PaddedQuantFP8, quantizing_kernel
 from ..loading.linear_loader import linear_loader, linear_tensors
-from ..loading.sliced_tensor import SlicedTensors
+from ..loading.sliced_tensor import SlicedTensor, SlicedTensors
 from ..slices.linear_layout import LinearLayout, has_stock_loader, linear_layout
 from ..slices.window import Window
 from . import engagement
 from .store import Padded
 
-# As Fp8LinearMethod calls block scales.
-SCALE_NAME = "weight_scale_inv"
 
-
-def cut_layout(quant_config: Fp8Config, layer: torch.nn.Module) -> LinearLayout | None:
+def cut_layout(
+    blocks: Sequence[int] | None, layer: torch.nn.Module
+) -> LinearLayout | None:
     """Return the layout of a layer that is cut inside a quant block, else None."""
-    blocks = quant_config.weight_block_size
     if blocks is None or blocks[0] != blocks[1]:
         return None
     layout = linear_layout(layer, blocks[0])
@@ -36,36 +44,44 @@ def cut_linear_method(
     quant_config: Fp8Config, layer: torch.nn.Module
 ) -> "CutFp8LinearMethod | None":
     """Return the method for a layer that is cut inside a quant block, else None."""
-    layout = cut_layout(quant_config, layer)
-    return None if layout is None else CutFp8LinearMethod(quant_config, layout)
+    layout = cut_layout(quant_config.weight_block_size, layer)
+    if layout is None:
+        return None
+    return CutFp8LinearMethod.made_of(Fp8LinearMethod(quant_config), layout)
 
 
-@register_weight_loader_v2_supported_method
-class CutFp8LinearMethod(Fp8LinearMethod):
-    """``Fp8LinearMethod`` whose rank holds whole blocks of the checkpoint's grid.
+class CutLinear:
+    """What methods for cut layers have in common, beside one of vLLM's own.
 
-    Column-parallel layers pad each logical shard's rows and hand out the real
-    columns of the output; row-parallel layers pad the columns, and their input
-    with zeros to match. Each block keeps its scale.
+    A rank holds whole blocks of the checkpoint's grid. Column-parallel layers pad each
+    logical shard's rows and hand out the real columns of the output; row-parallel
+    layers pad the columns, and their input with zeros to match. Each block keeps its
+    scale.
 
-    Args:
-        quant_config: A block-quantized FP8 config.
+    Attributes:
         layout: The layer's slices, from ``cut_layout``.
+        scale_name: Name of the parameter that holds block scales.
 
     """
 
-    def __init__(self, quant_config: Fp8Config, layout: LinearLayout):
-        super().__init__(quant_config)
-        self.layout = layout
-        self._hide_stored_weight()
+    layout: LinearLayout
+    scale_name: str
 
-    def _hide_stored_weight(self) -> None:
-        """Tell ``get_and_maybe_dequant_weights`` to read the weight through apply().
+    @classmethod
+    def made_of(cls, method: LinearMethodBase, layout: LinearLayout) -> Self:
+        """Return a method that vLLM made, as one of ours: only the class changes."""
+        cut = object.__new__(cls)
+        vars(cut).update(vars(method))
+        cut.layout = layout
+        return cut
 
-        MLA reads kv_b_proj by it, and the stored weight is not the logical one. vLLM
-        has one signal for that: a layout of scales that only DeepGEMM reads.
-        """
-        self.use_deep_gemm = True
+    def chosen_kernel(self, layer: torch.nn.Module) -> MMLinearKernel:
+        """Return the kernel that vLLM chose for the layer when it made weights."""
+        raise NotImplementedError
+
+    def sliced_tensors(self) -> list[SlicedTensor]:
+        """Return what the layer loads."""
+        return linear_tensors(self.layout, self.scale_name)
 
     def create_weights(
         self,
@@ -93,8 +109,8 @@ class CutFp8LinearMethod(Fp8LinearMethod):
         rows = sum(output_partition_sizes)
         self._set_sizes(layer, input_size_per_partition, rows)
         self._real_columns = RealColumns(outputs)
-        self._choose_kernel(inputs)
-        sliced = linear_tensors(self.layout, SCALE_NAME)
+        self._choose_kernel(layer, inputs)
+        sliced = self.sliced_tensors()
         self._tensors = SlicedTensors(layer.prefix, sliced, experts=None)
         stock_loader = extra_weight_attrs["weight_loader"]
         for name in {tensor.parameter: None for tensor in sliced}:
@@ -103,10 +119,10 @@ class CutFp8LinearMethod(Fp8LinearMethod):
             )
         self._record(layer)
 
-    def _choose_kernel(self, inputs: Window) -> None:
+    def _choose_kernel(self, layer: torch.nn.Module, inputs: Window) -> None:
         """Decide where inputs are padded: while they are quantized, or before."""
         self._pad = None
-        self._quantizing = quantizing_kernel(self.fp8_linear, inputs)
+        self._quantizing = quantizing_kernel(self.chosen_kernel(layer), inputs)
         if self._quantizing is not None:
             quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
             self._quantizing.quant_fp8 = quant_fp8
@@ -116,7 +132,7 @@ class CutFp8LinearMethod(Fp8LinearMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         engagement.report(layer.tp_rank)
         self._tensors.check_loaded(layer)
-        if self.use_marlin:
+        if isinstance(self.chosen_kernel(layer), MarlinFP8ScaledMMLinearKernel):
             # Marlin takes its sizes from the layer, now and in each call.
             rows = sum(window.span for window in self.layout.output_windows())
             self._set_sizes(layer, self.layout.input_window().span, rows)
@@ -168,3 +184,22 @@ class CutFp8LinearMethod(Fp8LinearMethod):
     def _set_sizes(layer: torch.nn.Module, columns: int, rows: int) -> None:
         layer.input_size_per_partition = columns
         layer.output_size_per_partition = rows
+
+
+@register_weight_loader_v2_supported_method
+class CutFp8LinearMethod(CutLinear, Fp8LinearMethod):
+    """``Fp8LinearMethod`` on the checkpoint's grid of quant blocks."""
+
+    scale_name = "weight_scale_inv"
+
+    @classmethod
+    def made_of(cls, method: Fp8LinearMethod, layout: LinearLayout) -> Self:
+        cut = super().made_of(method, layout)
+        # Tells get_and_maybe_dequant_weights to read the weight through apply(): MLA
+        # reads kv_b_proj by it, and the stored weight is not the logical one. vLLM has
+        # one signal for that: a layout of scales that only DeepGEMM reads.
+        cut.use_deep_gemm = True
+        return cut
+
+    def chosen_kernel(self, layer: torch.nn.Module) -> MMLinearKernel:
+        return self.fp8_linear

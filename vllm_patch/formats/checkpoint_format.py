@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a format of checkpoints has to say, and how a config of vLLM's hears it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# The only ones that vLLM has kernels for, but for plain FP8.
+BLOCKS = [128, 128]
+
+
+def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):
+    """Return vLLM's method for a linear layer; if that is cut, as one of ours.
+
+    Args:
+        extended: The class of ours that extends the method's.
+        method: What vLLM made.
+        blocks: The quant blocks of the layer's weight.
+        layer: The layer.
+
+    """
+    from vllm_patch.fp8_tp_padding.methods.linear import cut_layout
+
+    layout = cut_layout(blocks, layer)
+    return method if layout is None else extended.made_of(method, layout)
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """How cut layers of one of vLLM's quantization configs get methods of ours.
+
+    Attributes:
+        blocks: Takes the config; returns the quant blocks that its experts have if they
+            have any, else None.
+        experts: Takes the method that vLLM made for experts; returns the class of ours
+            that extends it, or None if it is not of this format.
+        linear: Takes a linear layer and vLLM's method for it; returns what becomes of
+            that, which is itself where the layer is not cut.
+
+    """
+
+    blocks: Callable[[Any], Sequence[int] | None]
+    experts: Callable[[Any], type | None]
+    linear: Callable[[Any, Any], Any]
+
+    def with_cut_layers(self, stock: Callable) -> Callable:
+        """Give layers that are cut inside a quant block their methods.
+
+        Every other layer, and every layer whose method is not of this format, gets
+        exactly what ``stock``, a config's ``get_quant_method``, returns.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase
+
+        @functools.wraps(stock)
+        def get_quant_method(config, layer, prefix) -> Any:
+            if isinstance(layer, RoutedExperts):
+                return self._experts_method(stock, config, layer, prefix)
+            method = stock(config, layer, prefix)
+            if isinstance(layer, LinearBase):
+                return self.linear(layer, method)
+            return method
+
+        return get_quant_method
+
+    def _experts_method(self, stock: Callable, config, layer, prefix) -> Any:
+        from vllm_patch.fp8_tp_padding.methods import experts
+
+        blocks, moe = self.blocks(config), layer.moe_config
+        if not experts.is_cut(blocks, moe):
+            return stock(config, layer, prefix)
+        # Only vLLM knows whether it quantizes this layer, and it may refuse the
+        # cut size before it says so: ask it about the padded one.
+        with experts.cut_sizes(blocks, moe):
+            method = stock(config, layer, prefix)
+        extended = self.experts(method)
+        if extended is None or experts.is_left_to_stock(blocks, moe):
+            return stock(config, layer, prefix)
+        return extended.made_of(method, layer)

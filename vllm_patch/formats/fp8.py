@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain block-quantized FP8: ``quant_method: fp8``."""
+
+from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod, Fp8MoEMethod
+from vllm_patch.fp8_tp_padding.methods.experts import CutFp8MoEMethod
+from vllm_patch.fp8_tp_padding.methods.linear import CutFp8LinearMethod
+
+from .checkpoint_format import CheckpointFormat, cut_or_stock
+
+
+def experts(method) -> type[CutFp8MoEMethod] | None:
+    return CutFp8MoEMethod if type(method) is Fp8MoEMethod else None
+
+
+def linear(layer, method):
+    if type(method) is not Fp8LinearMethod:
+        return method
+    blocks = method.quant_config.weight_block_size
+    return cut_or_stock(CutFp8LinearMethod, method, blocks, layer)
+
+
+with_cut_layers = CheckpointFormat(
+    lambda config: config.weight_block_size, experts, linear
+).with_cut_layers
