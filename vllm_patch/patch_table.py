@@ -7,6 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import Version
+
+from vllm_patch import releases
+
 ISSUE = "https://github.com/vllm-project/vllm/issues/17569"
 
 
@@ -27,6 +31,7 @@ class Patch:
         until: What makes the row removable.
         without: What becomes of layers if only this row cannot be applied; without
             that, vLLM stays stock.
+        since: The first release that has the target.
 
     """
 
@@ -39,10 +44,38 @@ class Patch:
     link: str
     until: str
     without: str = ""
+    since: str = releases.SUPPORTED[0]
 
     @property
     def target(self) -> str:
         return f"{self.module}.{self.attribute}"
+
+    def is_of(self, vllm_version: str) -> bool:
+        """Whether a release has the target."""
+        return Version(vllm_version) >= Version(self.since)
+
+
+def _format_row(
+    name: str,
+    module: str,
+    config: str,
+    wrapper: str,
+    since: str = releases.SUPPORTED[0],
+) -> Patch:
+    """Return the row of a checkpoint format beside plain FP8."""
+    return Patch(
+        name=name,
+        module=f"vllm.model_executor.layers.quantization.{module}",
+        attribute=f"{config}.get_quant_method",
+        wrapper=f"vllm_patch.formats:{wrapper}",
+        parameters=("self", "layer", "prefix"),
+        why=f"likewise in {name} checkpoints",
+        link=ISSUE,
+        until="as above",
+        without=f"layers of {name} checkpoints that are cut inside a quant block stay "
+        "stock",
+        since=since,
+    )
 
 
 PATCHES = (
@@ -60,12 +93,35 @@ PATCHES = (
         name="layers",
         module="vllm.model_executor.layers.quantization.fp8",
         attribute="Fp8Config.get_quant_method",
-        wrapper="vllm_patch.formats.fp8:with_cut_layers",
+        wrapper="vllm_patch.formats:with_cut_fp8",
         parameters=("self", "layer", "prefix"),
         why="experts and linear layers cut inside a quant block get methods of ours",
         link=ISSUE,
         until="vLLM loads block-FP8 layers at any tensor-parallel size",
     ),
+    _format_row(
+        "compressed-tensors",
+        "compressed_tensors.compressed_tensors",
+        "CompressedTensorsConfig",
+        "with_cut_compressed_tensors",
+        releases.SUPPORTED[0],
+    ),
+    _format_row("quark", "quark.quark", "QuarkConfig", "with_cut_quark", "0.28.0"),
+    _format_row(
+        "modelopt",
+        "modelopt",
+        "ModelOptQuantConfigBase",
+        "with_cut_modelopt",
+        "0.30.0",
+    ),
+    _format_row(
+        "modelopt-mixed",
+        "modelopt",
+        "ModelOptMixedPrecisionConfig",
+        "with_cut_modelopt",
+        "0.30.0",
+    ),
+    _format_row("inc", "inc.inc", "INCConfig", "with_cut_inc", "0.29.0"),
     Patch(
         name="masked",
         module="vllm.model_executor.layers.fused_moe.oracle.fp8",

@@ -44,10 +44,12 @@ def register() -> None:
         _stay_stock(problem)
         return
     _active = True
+    version = importlib.import_module("vllm").__version__
     for patch in PATCHES:
-        wrapt.register_post_import_hook(
-            functools.partial(_on_import, patch), patch.module
-        )
+        if patch.is_of(version):
+            wrapt.register_post_import_hook(
+                functools.partial(_on_import, patch), patch.module
+            )
     if _active:
         # Read once: a wrong value must stop the start, not the loading of weights.
         importlib.import_module("vllm.envs").VLLM_FP8_TP_PADDING  # noqa: B018

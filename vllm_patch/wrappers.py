@@ -6,7 +6,6 @@ What vLLM makes of a layer decides whether it is replaced.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 VARIABLE = "VLLM_FP8_TP_PADDING"
 OFF = "off"

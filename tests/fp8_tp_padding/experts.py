@@ -112,6 +112,7 @@ def build(
     weight_block_size=(BLOCK, BLOCK),
     expert_parallel=False,
     lora=False,
+    quant_config=None,
     **kwargs,
 ):
     """Return vLLM's expert layer for one rank, from its own factory.
@@ -128,6 +129,7 @@ def build(
         weight_block_size: Quant block, or None for per-tensor scales.
         expert_parallel: Give each rank whole experts.
         lora: Configure LoRA adapters.
+        quant_config: Makes the config of another format of checkpoints than plain FP8.
         **kwargs: For vLLM's factory.
 
     """
@@ -146,11 +148,11 @@ def build(
             hidden_size=hidden,
             intermediate_size=total,
             params_dtype=dtype,
-            quant_config=Fp8Config(
+            quant_config=quant_config()
+            if quant_config
+            else Fp8Config(
                 is_checkpoint_fp8_serialized=True,
-                weight_block_size=list(weight_block_size)
-                if weight_block_size
-                else None,
+                weight_block_size=weight_block_size and list(weight_block_size),
             ),
             tp_size=tp_size,
             dp_size=dp[0],
@@ -184,14 +186,16 @@ def load_tensor(layer, name: str, tensor: torch.Tensor, shard: str, expert: int)
     )
 
 
-def load(layer, checkpoint: Checkpoint, fused: bool = False) -> None:
+def load(
+    layer, checkpoint: Checkpoint, fused=False, scale_name="weight_scale_inv"
+) -> None:
     """Load a checkpoint, expert by expert or as fused 3-D tensors."""
     for shard, stem in SHARDS.items():
         if shard not in checkpoint.weights:
             continue
         for name, tensors in (
             (f"{stem}_weight", checkpoint.weights[shard]),
-            (f"{stem}_weight_scale_inv", checkpoint.scales[shard]),
+            (f"{stem}_{scale_name}", checkpoint.scales[shard]),
         ):
             if fused:
                 assert load_tensor(layer, name, tensors, shard, 0)
@@ -206,11 +210,13 @@ def process(layer, tp_size: int, rank: int, dtype=torch.bfloat16) -> None:
         layer.quant_method.process_weights_after_loading(layer)
 
 
-def padded(layer, shard: str) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(
+    layer, shard: str, scale_name="weight_scale_inv"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the padded weight and scales of ``shard`` from the parameters."""
     stem = SHARDS[shard]
     weight = getattr(layer, f"{stem}_weight").data
-    scale = getattr(layer, f"{stem}_weight_scale_inv").data
+    scale = getattr(layer, f"{stem}_{scale_name}").data
     if shard == "w2":
         return weight, scale
     slots = 2 if layer.moe_config.is_act_and_mul else 1

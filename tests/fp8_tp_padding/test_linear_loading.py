@@ -20,7 +20,7 @@ def matrix(rows: int, columns: int, seed: int):
     return weight.to(FP8), random_scales(rows, columns, generator=generator)
 
 
-def build(kind, tp_size, rank, dtype=torch.bfloat16, **kwargs):
+def build(kind, tp_size, rank, dtype=torch.bfloat16, quant_config=None, **kwargs):
     """Return one of vLLM's linear layers for one rank.
 
     Args:
@@ -28,6 +28,7 @@ def build(kind, tp_size, rank, dtype=torch.bfloat16, **kwargs):
         tp_size: Tensor-parallel size.
         rank: This rank.
         dtype: The model's dtype.
+        quant_config: Makes the config of another format of checkpoints than plain FP8.
         **kwargs: For the class.
 
     """
@@ -39,7 +40,9 @@ def build(kind, tp_size, rank, dtype=torch.bfloat16, **kwargs):
             **kwargs,
             params_dtype=dtype,
             prefix="model.layers.0.layer",
-            quant_config=Fp8Config(
+            quant_config=quant_config()
+            if quant_config
+            else Fp8Config(
                 is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK, BLOCK]
             ),
         )

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format of checkpoints has to say, and how a config of vLLM's hears it."""
+"""What a format of checkpoints has to say, and what comes of it for a layer."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +43,8 @@ class CheckpointFormat:
     experts: Callable[[Any], type | None]
     linear: Callable[[Any, Any], Any]
 
-    def with_cut_layers(self, stock: Callable) -> Callable:
-        """Give layers that are cut inside a quant block their methods.
+    def quant_method(self, stock: Callable, config, layer, prefix) -> Any:
+        """Return a layer's method: ours if it is cut inside a quant block.
 
         Every other layer, and every layer whose method is not of this format, gets
         exactly what ``stock``, a config's ``get_quant_method``, returns.
@@ -53,16 +52,10 @@ class CheckpointFormat:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
 
-        @functools.wraps(stock)
-        def get_quant_method(config, layer, prefix) -> Any:
-            if isinstance(layer, RoutedExperts):
-                return self._experts_method(stock, config, layer, prefix)
-            method = stock(config, layer, prefix)
-            if isinstance(layer, LinearBase):
-                return self.linear(layer, method)
-            return method
-
-        return get_quant_method
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(stock, config, layer, prefix)
+        method = stock(config, layer, prefix)
+        return self.linear(layer, method) if isinstance(layer, LinearBase) else method
 
     def _experts_method(self, stock: Callable, config, layer, prefix) -> Any:
         from vllm_patch.fp8_tp_padding.methods import experts

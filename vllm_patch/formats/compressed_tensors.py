@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors checkpoints with FP8 weights in blocks, as llm-compressor writes."""
+"""compressed-tensors checkpoints with FP8 weights in blocks."""
 
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (  # noqa: E501
@@ -57,4 +57,4 @@ def linear(layer, method):
     return cut_or_stock(CutCompressedTensorsLinearMethod, method, of_scheme, layer)
 
 
-with_cut_layers = CheckpointFormat(blocks, experts, linear).with_cut_layers
+FORMAT = CheckpointFormat(blocks, experts, linear)

@@ -19,6 +19,4 @@ def linear(layer, method):
     return cut_or_stock(CutFp8LinearMethod, method, blocks, layer)
 
 
-with_cut_layers = CheckpointFormat(
-    lambda config: config.weight_block_size, experts, linear
-).with_cut_layers
+FORMAT = CheckpointFormat(lambda config: config.weight_block_size, experts, linear)

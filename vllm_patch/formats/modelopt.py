@@ -50,4 +50,4 @@ def linear(layer, method):
     return cut_or_stock(CutModelOptLinearMethod, method, BLOCKS, layer)
 
 
-with_cut_layers = CheckpointFormat(blocks, fp8.experts, linear).with_cut_layers
+FORMAT = CheckpointFormat(blocks, fp8.experts, linear)

@@ -51,4 +51,4 @@ def linear(layer, method):
     return cut_or_stock(CutQuarkLinearMethod, method, of_scheme, layer)
 
 
-with_cut_layers = CheckpointFormat(blocks, experts, linear).with_cut_layers
+FORMAT = CheckpointFormat(blocks, experts, linear)
