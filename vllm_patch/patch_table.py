@@ -106,7 +106,7 @@ PATCHES = (
         "with_cut_compressed_tensors",
         releases.SUPPORTED[0],
     ),
-    _format_row("quark", "quark.quark", "QuarkConfig", "with_cut_quark", "0.28.0"),
+    _format_row("quark", "quark.quark", "QuarkConfig", "with_cut_quark", "0.30.0"),
     _format_row(
         "modelopt",
         "modelopt",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_patch.cli.block_format import FORMATS, BlockFormat
 from vllm_patch.cli.errors import UsageError
 
 NEEDED = "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"
@@ -57,8 +58,16 @@ class ModelConfig:
         return self.fields.get("text_config", self.fields)
 
     @property
+    def quantization(self) -> dict[str, Any]:
+        return self.fields.get("quantization_config") or {}
+
+    @property
+    def block_format(self) -> BlockFormat | None:
+        return FORMATS.get(self.quantization.get("quant_method"))
+
+    @property
     def block(self) -> int:
-        return self.fields["quantization_config"]["weight_block_size"][0]
+        return self.block_format.blocks(self.quantization)[0]
 
     @property
     def vocab_size(self) -> int:
@@ -177,18 +186,19 @@ class ModelConfig:
         return [heads * head / tp, max(kv_heads / tp, 1) * head]
 
     def _check_quantization(self) -> None:
-        quantization = self.fields.get("quantization_config") or {}
-        method = quantization.get("quant_method")
-        block = quantization.get("weight_block_size")
-        if method != "fp8" or not block:
+        block_format = self.block_format
+        block = block_format and block_format.blocks(self.quantization)
+        if not block:
             raise UsageError(
-                f"{self.path} has quant_method = {method!r} and weight_block_size = "
-                f"{block!r}; parity needs a block-FP8 model (quant_method 'fp8', "
-                "weight_block_size such as [128, 128])."
+                f"{self.path} has quant_method = "
+                f"{self.quantization.get('quant_method')!r} and no FP8 blocks that "
+                f"parity knows; it needs a quantization_config of {', '.join(FORMATS)} "
+                "with FP8 weights in blocks, such as quant_method 'fp8' and "
+                "weight_block_size [128, 128]."
             )
         if block[0] != block[1]:
             raise UsageError(
-                f"{self.path} has weight_block_size = {block}; blocks must be square."
+                f"{self.path} has quant blocks of {block}; blocks must be square."
             )
 
     def _check_sizes(self) -> None:

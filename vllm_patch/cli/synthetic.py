@@ -27,8 +27,8 @@ def write_checkpoint(
     """Write config.json, safetensors and a word-level tokenizer to ``directory``.
 
     Args:
-        config: A block-FP8 config; its ``modules_to_not_convert`` decides what
-            stays in bfloat16.
+        config: A block-FP8 config; its ``modules_to_not_convert``, or what its format
+            calls that, decides what stays in bfloat16.
         directory: An existing directory.
         wide: The same model with larger MLPs (``ModelConfig.widened``), written in
             its place with zeros in what it adds. It computes the same, and other
@@ -40,8 +40,8 @@ def write_checkpoint(
     wide = wide or config
     shapes, linear = _tensor_shapes(config, directory)
     wide_shapes, _ = _tensor_shapes(wide, directory)
-    quantization = config.fields["quantization_config"]
-    skipped = quantization.get("modules_to_not_convert") or []
+    written, quantization = config.block_format, config.quantization
+    skipped = quantization.get(written.unquantized) or []
     tensors: dict[str, torch.Tensor] = {}
     unquantized = []
     for name, shape in shapes.items():
@@ -52,16 +52,14 @@ def write_checkpoint(
             if shape != wide_shape:
                 scale = _widen_scale(name, weight, scale, wide_shape, config.block)
             tensors[name] = _widen(name, weight, wide_shape)
-            tensors[f"{module}.weight_scale_inv"] = scale
+            tensors[f"{module}.{written.scale}"] = written.stored(scale)
         else:
             tensor = _bfloat16(_generator(name), name, shape)
             tensors[name] = _widen(name, tensor, wide_shapes[name])
             unquantized += [module] if module != name else []
     save_torch_state_dict(tensors, directory, max_shard_size="4GB")
-    quantization = {
-        **quantization,
-        "modules_to_not_convert": sorted({*skipped, *unquantized}),
-    }
+    unquantized = sorted({*skipped, *unquantized})
+    quantization = {**quantization, written.unquantized: unquantized}
     _write_config({**wide.fields, "quantization_config": quantization}, directory)
     _write_tokenizer(config.vocab_size, directory)
 
