@@ -64,7 +64,7 @@ def test_unknown_value_of_the_variable_stops_the_start(monkeypatch):
         plugin_module.unregister()
 
 
-@pytest.mark.parametrize("version", ["0.25.1", "0.33.1", "0.34.0", "dev", "0.33.0rc1"])
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "dev", "0.33.0rc1"])
 def test_unknown_release_stays_stock(fp8_config, monkeypatch, warnings, version):
     import vllm
 
@@ -82,6 +82,21 @@ def test_unknown_release_stays_stock(fp8_config, monkeypatch, warnings, version)
 def test_local_builds_of_a_release_are_that_release():
     assert releases.is_supported("0.32.0+cpu")
     assert releases.is_supported("0.33.0+cu130")
+
+
+def test_a_patch_release_is_taken(fp8_config, monkeypatch, warnings):
+    """If it changed a target, its signature says so."""
+    import vllm
+
+    stock = fp8_config.get_quant_method
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    plugin_module.register()
+    try:
+        assert fp8_config.get_quant_method is not stock
+        assert not warnings()
+    finally:
+        plugin_module.unregister()
+    assert not releases.is_supported("0.33.1.dev3+g0123456")
 
 
 def test_only_the_first_process_warns(monkeypatch, warnings):

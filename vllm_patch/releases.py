@@ -17,8 +17,18 @@ SUPPORTED = (
 
 
 def is_supported(vllm_version: str) -> bool:
-    """Whether a version string, local part aside (``0.32.0+cpu``), is supported."""
+    """Whether a version string, local part aside (``0.32.0+cpu``), is supported.
+
+    So is a later patch release (``0.33.1``): if it changed a target of the patch table,
+    vLLM stays stock.
+    """
     try:
-        return Version(vllm_version).public in SUPPORTED
+        version = Version(vllm_version)
     except InvalidVersion:
         return False
+    if version.is_prerelease:
+        return False
+    return any(
+        version.release[:2] == known.release[:2] and version >= known
+        for known in map(Version, SUPPORTED)
+    )

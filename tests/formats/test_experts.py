@@ -122,3 +122,25 @@ def test_a_missing_scale_is_named(of_experts):
     name = f"w2_{of_experts.scale} of expert 1 .w2. is missing"
     with pytest.raises(ValueError, match=name):
         experts.process(layer, TP, 1)
+
+
+def test_formats_that_nobody_pads_are_named(plugin, padding_log):
+    """MXFP8 experts of 80 columns: two and a half groups."""
+    from vllm_patch.formats.checkpoint_format import CheckpointFormat
+
+    class SomeMxfp8MoEMethod:
+        pass
+
+    layer = experts.build(640, TP, 1)
+    layer.moe_config.fp8_tp_shard = None
+    mxfp8 = CheckpointFormat(lambda _: None, lambda _: None, lambda _, method: method)
+    for tp_size, warns in ((TP, True), (4, False)):
+        padding_log().clear()
+        layer = experts.build(640, tp_size, 1)
+        method = mxfp8.quant_method(
+            lambda *_: SomeMxfp8MoEMethod(), None, layer, "experts"
+        )
+        assert isinstance(method, SomeMxfp8MoEMethod)
+        lines = [r.getMessage() for r in padding_log()]
+        said = any("80 columns cut the groups of 32 of SomeMxfp8" in x for x in lines)
+        assert said or not warns

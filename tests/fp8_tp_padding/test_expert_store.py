@@ -87,6 +87,7 @@ def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
     ("kwargs", "reason"),
     [
         ({"has_bias": True}, "masked kernels add no biases"),
+        ({"dp": (2, 0)}, "masked kernels quantize after the dispatch, not before it"),
         ({"swiglu_limit": 7.0}, "masked kernels do not clamp the activation"),
         ({"activation": "gelu"}, "masked kernels compute SiLU and gate, not gelu"),
         ({"weight_block_size": (64, 64)}, "masked kernels take blocks of 128, not 64"),

@@ -172,6 +172,22 @@ def test_what_cannot_be_padded_is_left_to_stock(
     assert any(reason in record.getMessage() for record in padding_log())
 
 
+def test_experts_with_a_loader_of_their_own_are_left_to_stock(plugin, padding_log):
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm_patch.fp8_tp_padding.methods.experts import is_left_to_stock
+
+    class Others(RoutedExperts):
+        def weight_loader(self, *args, **kwargs):
+            raise AssertionError("not called")
+
+    layer = build(1536, 8, 3)
+    assert not is_left_to_stock([128, 128], layer)
+    layer.__class__ = Others
+    assert is_left_to_stock([128, 128], layer)
+    (line,) = padding_log()
+    assert "Others loads weights in a way of its own" in line.getMessage()
+
+
 def outcome(make, total=1536, **kwargs):
     try:
         return type(make(total, 8, 0, **kwargs).quant_method)

@@ -5,8 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.fp8_tp_padding")
+
 # The only ones that vLLM has kernels for, but for plain FP8.
 BLOCKS = [128, 128]
+# Part of a method's name -> elements of a group of its weights along an output's sum.
+GROUPS = {"mxfp": 32, "nvfp4": 16}
 
 
 def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):
@@ -62,12 +68,31 @@ class CheckpointFormat:
 
         blocks, moe = self.blocks(config), layer.moe_config
         if not experts.is_cut(blocks, moe):
-            return stock(config, layer, prefix)
+            method = stock(config, layer, prefix)
+            _warn_of_cut_groups(method, moe)
+            return method
         # Only vLLM knows whether it quantizes this layer, and it may refuse the
         # cut size before it says so: ask it about the padded one.
         with experts.cut_sizes(blocks, moe):
             method = stock(config, layer, prefix)
         extended = self.experts(method)
-        if extended is None or experts.is_left_to_stock(blocks, moe):
+        if extended is None or experts.is_left_to_stock(blocks, layer):
             return stock(config, layer, prefix)
         return extended.made_of(method, layer)
+
+
+def _warn_of_cut_groups(method, moe) -> None:
+    """Say which formats nobody pads, where vLLM's own error may not."""
+    name = type(method).__name__.lower()
+    size = moe.intermediate_size // moe.tp_size
+    for part, group in GROUPS.items():
+        if part in name and size % group and not moe.moe_parallel_config.use_ep:
+            logger.warning_once(
+                "Experts of %d / TP %d = %d columns cut the groups of %d of %s and are "
+                "left to stock vLLM: only FP8 in blocks is padded.",
+                moe.intermediate_size,
+                moe.tp_size,
+                size,
+                group,
+                type(method).__name__,
+            )

@@ -39,9 +39,10 @@ def is_cut(blocks: list[int] | None, moe: FusedMoEConfig) -> bool:
     return envs.VLLM_FP8_TP_PADDING != "off"
 
 
-def is_left_to_stock(blocks: list[int], moe: FusedMoEConfig) -> bool:
+def is_left_to_stock(blocks: list[int], layer: RoutedExperts) -> bool:
     """Whether there is no method for these cut experts; warns why."""
-    obstacle = _obstacle(moe, blocks)
+    moe = layer.moe_config
+    obstacle = _obstacle(blocks, layer)
     if obstacle is None:
         return False
     logger.warning_once(
@@ -61,16 +62,18 @@ def cut_experts_method(
 ) -> "CutFp8MoEMethod | None":
     """Return the method for experts that are cut inside a quant block, else None."""
     blocks, moe = quant_config.weight_block_size, layer.moe_config
-    if not is_cut(blocks, moe) or is_left_to_stock(blocks, moe):
+    if not is_cut(blocks, moe) or is_left_to_stock(blocks, layer):
         return None
     with cut_sizes(blocks, moe):
         method = Fp8MoEMethod(quant_config, layer)
     return CutFp8MoEMethod.made_of(method, layer)
 
 
-def _obstacle(moe: FusedMoEConfig, blocks: list[int]) -> str | None:
+def _obstacle(blocks: list[int], layer: RoutedExperts) -> str | None:
     """Why these experts are left to stock vLLM, or None."""
-    block_n, block_k = blocks
+    moe, (block_n, block_k) = layer.moe_config, blocks
+    if type(layer).weight_loader is not RoutedExperts.weight_loader:
+        return f"{type(layer).__name__} loads weights in a way of its own"
     if block_n != block_k:
         return "the blocks are not square"
     if moe.hidden_dim % block_k != 0:
