@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 
 from benchmarks import graph_timing, linear_in_model
-from benchmarks.linear_cases import CASES, Case, Quantized
+from benchmarks.linear_cases import CASES, Case, Quantized, kernel_of
 from benchmarks.linear_reference import Arithmetic, expected, of_fp8_values
 from benchmarks.one_rank import rank_of
 from benchmarks.quantized import (
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     with started(args, bounds) as rows:
         # An engine's first call has the most tokens, and Inductor tunes by the first.
         tokens = sorted(args.tokens or TOKENS, reverse=True)
-        run = Run(args.device, tokens, rows)
+        run = Run(args.device, tokens, rows, args.config)
         cases = chosen(CASES, args)
         for case in cases:
             print(f"vLLM chooses {_choice(run, case)} for {case.name}")
@@ -102,8 +102,8 @@ def _backends() -> list[str]:
 
 
 def _choice(run: Run, case: Case) -> str:
-    layer = case.build(_timed_rank(case), run.device)
-    return type(layer.quant_method.fp8_linear).__name__
+    layer = case.build(_timed_rank(case), run.device, run.checkpoint)
+    return type(kernel_of(layer)).__name__
 
 
 def _only(name: str):
@@ -134,7 +134,7 @@ def _run_backend(run: Run, name: str, cases: list[Case], timed: bool) -> None:
 def _reason_against(run: Run, name: str, case: Case) -> str | None:
     """Return why vLLM cannot use the kernel here, or None."""
     try:
-        case.aligned().build(0, run.device)
+        case.aligned().build(0, run.device, run.checkpoint)
     except ValueError as error:
         # vLLM lists a reason for each kernel; without one they are not about kernels.
         reasons = [line for line in str(error).splitlines() if name in line]
@@ -212,15 +212,15 @@ def _error(case, layer, tensors: list[Quantized], rank: int, x: torch.Tensor) ->
 
 
 def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):
-    layer = case.build(rank, run.device)
-    case.load(layer, tensors, rank)
+    layer = case.build(rank, run.device, run.checkpoint)
+    case.load(layer, tensors, rank, run.checkpoint)
     is_cut = any(part.size % BLOCK for part in case.parts(rank))
     assert _is_padded(layer) == is_cut, case
     return layer
 
 
 def _is_padded(layer: torch.nn.Module) -> bool:
-    return type(layer.quant_method).__name__ == "CutFp8LinearMethod"
+    return hasattr(layer.quant_method, "layout")
 
 
 def _activations(run: Run, case: Case, rank: int, tokens: int, layer, seed: int = 0):
@@ -229,7 +229,7 @@ def _activations(run: Run, case: Case, rank: int, tokens: int, layer, seed: int 
     generator = torch.Generator(run.device).manual_seed(rank + (seed << 20))
     x = normal(tokens, size, generator=generator, dtype=torch.bfloat16)
     # FlashInfer's kernel quantizes by itself, and may round what others round up.
-    if getattr(layer.quant_method.fp8_linear, "apply_input_quant", True):
+    if getattr(kernel_of(layer), "apply_input_quant", True):
         return x
     return of_fp8_values(x, part.lead if case.is_row else 0)
 

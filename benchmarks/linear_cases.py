@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks import checkpoint as checkpoints
+from benchmarks.checkpoint import Checkpoint
 from benchmarks.one_rank import rank_of
 from benchmarks.quantized import (
     BLOCK,
@@ -63,15 +65,17 @@ class Case:
         kind = ROW if self.is_row else MERGED
         return replace(self, name=f"{self.name}, aligned", kind=kind, cut=tuple(sizes))
 
-    def build(self, rank: int, device: torch.device) -> torch.nn.Module:
+    def build(
+        self,
+        rank: int,
+        device: torch.device,
+        checkpoint: Checkpoint = checkpoints.FP8,
+    ) -> torch.nn.Module:
         """Return vLLM's layer for one rank, its parameters full of NaN."""
         from vllm.model_executor.layers import linear
-        from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-        config = Fp8Config(
-            is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK, BLOCK]
-        )
         with rank_of(self.tp_size, rank), device:
+            config = checkpoint.quant_config()
             layer = getattr(linear, self.kind)(
                 **self._sizes(), bias=False, quant_config=config, prefix=self.name
             )
@@ -92,14 +96,21 @@ class Case:
         sizes = {"hidden_size": self.whole, "head_size": self.head}
         return {**sizes, "total_num_heads": heads, "total_num_kv_heads": kv_heads}
 
-    def load(self, layer: torch.nn.Module, tensors: list["Quantized"], rank: int):
+    def load(
+        self,
+        layer: torch.nn.Module,
+        tensors: list["Quantized"],
+        rank: int,
+        checkpoint: Checkpoint = checkpoints.FP8,
+    ):
         """Load whole checkpoint tensors and let vLLM prepare them for its kernel."""
         merged = [(index,) for index in range(len(tensors))]
         ids = {ROW: [()], QKV: [("q",), ("k",), ("v",)], MERGED: merged}[self.kind]
-        weight, scale = layer.weight, layer.weight_scale_inv
+        weight, scale = layer.weight, checkpoint.scales(layer, "weight")
+        stored = checkpoint.block_format.stored
         for shard_id, tensor in zip(ids, tensors, strict=True):
             weight.weight_loader(weight, tensor.weight, *shard_id)
-            scale.weight_loader(scale, tensor.scale, *shard_id)
+            scale.weight_loader(scale, stored(tensor.scale), *shard_id)
         with rank_of(self.tp_size, rank):
             layer.quant_method.process_weights_after_loading(layer)
 
@@ -111,6 +122,18 @@ class Case:
         if self.is_row:
             shapes = [(self.whole, totals[0])]
         return [Quantized.random(*shape, generator) for shape in shapes]
+
+
+def kernel_of(layer: torch.nn.Module):
+    """Return the kernel that vLLM chose, wherever a format keeps it."""
+    method, scheme = layer.quant_method, getattr(layer, "scheme", None)
+    wrapped = getattr(getattr(method, "scheme", None), "linear_method", None)
+    kernels = (
+        getattr(owner, name, None)
+        for owner in (method, scheme, wrapped)
+        for name in ("fp8_linear", "linear_kernel", "kernel")
+    )
+    return next(kernel for kernel in kernels if kernel is not None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.linear_cases import Case, Quantized
+from benchmarks.linear_cases import Case, Quantized, kernel_of
 from benchmarks.quantized import BLOCK, FP8, FP8_MAX, fake_quantize, round_up
 
 
@@ -26,7 +26,7 @@ class Arithmetic:
 
     @classmethod
     def of(cls, layer: torch.nn.Module) -> "Arithmetic":
-        kernel = layer.quant_method.fp8_linear
+        kernel = kernel_of(layer)
         quantizes = hasattr(kernel, "apply_block_scaled_mm")
         # FlashInfer's multiplies by weights made for DeepGEMM. How it rounds inputs
         # does not matter: it is given what needs no rounding.

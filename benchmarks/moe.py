@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{TOLERATED_ERROR:.2e} of 128 columns, {TOLERATED_TOKEN:.2e} of a token's row"
     )
     with started(args, bounds) as rows:
-        run = ExpertsRun(args.device, args.tokens, rows, columns=args.columns)
+        run = ExpertsRun(
+            args.device, args.tokens, rows, args.config, columns=args.columns
+        )
         run.start(args.budget)
         _start_workspace(run.device)
         if not args.check_only:
@@ -197,7 +199,8 @@ def _errors(
     errors: Errors = {}
     note = ""
     for rank in ranks:
-        layer = Layer(case, replace(what, rank=rank), seed=rank, device=run.device)
+        ours = replace(what, rank=rank)
+        layer = Layer(case, ours, rank, run.device, run.checkpoint)
         if rank == what.rank:
             size = f"{layer.weights.nbytes / 1e6:.1f} MB of weights"
             note = f"{layer.kernel}, {size}, activation scales {layer.arithmetic}"
@@ -276,7 +279,10 @@ def _time(run: Run, case: Case, able: dict[str, Implementation]) -> None:
     """Print a row for each number of tokens, then what they amount to."""
     copies = max(_copies(run, case, tokens) for tokens in run.tokens)
     layers = {
-        name: [Layer(case, what, seed, run.device) for seed in range(copies)]
+        name: [
+            Layer(case, what, seed, run.device, run.checkpoint)
+            for seed in range(copies)
+        ]
         for name, what in able.items()
     }
     _print_cells("tokens", ["floor", *COLUMNS, *RATIOS])

@@ -6,6 +6,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks import checkpoint as checkpoints
+from benchmarks.checkpoint import Checkpoint
 from benchmarks.moe_cases import Case
 from benchmarks.one_rank import rank_of
 from benchmarks.quantized import (
@@ -222,22 +224,30 @@ class Layer:
         what: How they are run.
         seed: Of the weights.
         device: Where they live.
+        checkpoint: The format that holds them.
 
     Raises:
         Exception: Whatever vLLM says against this layer.
 
     """
 
-    def __init__(self, case: Case, what: Implementation, seed: int, device):
+    def __init__(
+        self,
+        case: Case,
+        what: Implementation,
+        seed: int,
+        device: torch.device,
+        checkpoint: Checkpoint = checkpoints.FP8,
+    ):
         self.what = what
         with mock.patch.dict(os.environ, VLLM_FP8_TP_PADDING=what.padding):
             with self.rank(), device:
-                self.experts = _routed_experts(case, what)
-            self.weights = _fill(self.experts, case, what, seed)
+                self.experts = _routed_experts(case, what, checkpoint)
+            self.weights = _fill(self.experts, case, what, seed, checkpoint)
             with self.rank():
                 method = self.experts.quant_method
                 method.process_weights_after_loading(self.experts)
-        stock = type(method).__name__ == "Fp8MoEMethod"
+        stock = not hasattr(method, "store")
         assert stock == what.is_stock, f"{what} got {type(method).__name__}"
         assert stock or type(method.store).__name__ == "Compact", method.store
         self.arithmetic = (
@@ -262,10 +272,11 @@ class Layer:
         return method.apply(self.experts, x, routing.weights, routing.ids, None, None)
 
 
-def _routed_experts(case: Case, what: Implementation) -> torch.nn.Module:
+def _routed_experts(
+    case: Case, what: Implementation, checkpoint: Checkpoint
+) -> torch.nn.Module:
     import vllm.model_executor.layers.fused_moe as fused_moe
     from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
     # Renamed in 0.31.
     factory = getattr(fused_moe, "FusedMoE", None) or fused_moe.FusedMoEFactory
@@ -275,9 +286,7 @@ def _routed_experts(case: Case, what: Implementation) -> torch.nn.Module:
         hidden_size=case.hidden,
         intermediate_size=what.total,
         params_dtype=torch.bfloat16,
-        quant_config=Fp8Config(
-            is_checkpoint_fp8_serialized=True, weight_block_size=[BLOCK, BLOCK]
-        ),
+        quant_config=checkpoint.quant_config(),
         tp_size=what.tp_size,
         dp_size=1,
         pcp_size=1,
@@ -288,10 +297,16 @@ def _routed_experts(case: Case, what: Implementation) -> torch.nn.Module:
     return getattr(layer, "routed_experts", layer)
 
 
-def _fill(experts, case: Case, what: Implementation, seed: int) -> Weights:
+def _fill(
+    experts, case: Case, what: Implementation, seed: int, checkpoint: Checkpoint
+) -> Weights:
     """Give a layer random weights as a checkpoint would hold them."""
     w13, w2 = experts.w13_weight.data, experts.w2_weight.data
-    scales = experts.w13_weight_scale_inv.data, experts.w2_weight_scale_inv.data
+    w13_scale, w2_scale = (
+        checkpoint.scales(experts, weight).data
+        for weight in ("w13_weight", "w2_weight")
+    )
+    scales = w13_scale, w2_scale
     generator = torch.Generator(w13.device).manual_seed(seed)
     for expert in (*w13, *w2):
         expert.copy_(normal(*expert.shape, generator=generator).to(FP8))

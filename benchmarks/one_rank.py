@@ -49,7 +49,7 @@ def _config(moe_backend: str, expert_parallel: bool):
     compilation = CompilationConfig(mode=CompilationMode.NONE, custom_ops=["all"])
     config = VllmConfig(compilation_config=compilation)
     config.model_config = types.SimpleNamespace(
-        dtype=torch.bfloat16, hf_text_config=None
+        dtype=torch.bfloat16, hf_text_config=None, hf_config=None
     )
     config.kernel_config.moe_backend = moe_backend
     config.parallel_config.enable_expert_parallel = expert_parallel

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks import checkpoint as checkpoints
+from benchmarks.checkpoint import Checkpoint
 from benchmarks.record import Rows, environment
 from vllm_patch import plugin
 
@@ -19,6 +21,7 @@ class Run:
     device: torch.device
     tokens: Sequence[int]
     rows: Rows
+    checkpoint: Checkpoint = checkpoints.FP8
     deadline: float = float("inf")
     checked: int = 0
     missed: int = 0
@@ -90,6 +93,12 @@ def parsed(
     add("--tokens", nargs="+", type=int)
     add("--check-only", action="store_true", help="correctness, no timing")
     add("--device", type=torch.device, default=cuda)
+    add(
+        "--config",
+        type=Checkpoint.of,
+        default=checkpoints.FP8,
+        help="config.json of a checkpoint: its format (default: plain FP8)",
+    )
     add("--csv", help="file for the rows")
     add("--commit", help="commit that is measured, where git cannot tell")
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, of_fp8_values
 from benchmarks.record import Rows
 
+MODELS = Path(__file__).parent.parent / "models"
+FORMATS = [
+    MODELS / "qwen3_moe_1536_compressed_tensors.json",
+    MODELS / "qwen3_moe_1536_quark.json",
+    MODELS / "qwen3_2432_modelopt.json",
+]
 CASES = [
     # 96 per rank: the second one straddles two blocks.
     Case("gate_up", MERGED, 256, (384, 384), tp_size=4),
@@ -25,11 +32,17 @@ def check(request, monkeypatch, plugin):
     """Return the command for one case on the kernel that runs on a CPU."""
     monkeypatch.setattr(linear, "CASES", [request.param])
     backend = "TritonFp8BlockScaledMMKernel"
-    return lambda: linear.main(["--check-only", "--tokens", "1", "--backends", backend])
+    arguments = ["--check-only", "--tokens", "1", "--backends", backend]
+    return lambda *options: linear.main([*arguments, *options])
 
 
 def test_padded_layers_pass(check):
     assert check() == 0
+
+
+@pytest.mark.parametrize("config", FORMATS, ids=lambda config: config.stem)
+def test_padded_layers_of_other_formats_pass(check, config):
+    assert check("--config", str(config)) == 0
 
 
 def test_a_lead_of_zero_does_not_pass(check, monkeypatch, capsys):

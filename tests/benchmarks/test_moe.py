@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def check(monkeypatch, plugin):
     """Return the command for a case that a CPU can run."""
     monkeypatch.setattr(moe, "CASES", [CASE])
     arguments = ["--check-only", "--columns", "ours", "padded", "--tokens"]
-    return lambda tokens=64: moe.main([*arguments, str(tokens)])
+    return lambda tokens=64, *options: moe.main([*arguments, str(tokens), *options])
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
@@ -33,6 +34,12 @@ def test_the_plugins_layer_passes(check, monkeypatch, tokens):
     """Pair by pair, and sorted."""
     monkeypatch.setattr(moe, "AVERAGED_TOKENS", 2)
     assert check(tokens) == 0
+
+
+@pytest.mark.parametrize("name", ["compressed_tensors", "quark"])
+def test_the_plugins_layer_passes_in_other_formats(check, name):
+    config = Path(__file__).parent.parent / "models" / f"qwen3_moe_1536_{name}.json"
+    assert check(64, "--config", str(config)) == 0
 
 
 def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys):
