@@ -1,70 +1,22 @@
 """vLLM's quantization configs of block-FP8 checkpoints, by format."""
 
+import copy
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vllm_patch.patch_table import PATCHES
 
-FP8_BLOCKS = {
-    "num_bits": 8,
-    "type": "float",
-    "strategy": "block",
-    "block_structure": [128, 128],
-    "symmetric": True,
-    "dynamic": False,
+MODELS = Path(__file__).parent.parent / "models"
+# Formats that parity writes no checkpoints of.
+MIXED = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {"model.layers.0.mlp.experts": {"quant_algo": "FP8_PB_WO"}},
+    "ignore": [],
 }
-FP8_GROUPS = {
-    "num_bits": 8,
-    "type": "float",
-    "strategy": "group",
-    "group_size": 128,
-    "symmetric": True,
-    "dynamic": True,
-}
-
-
-def compressed_tensors(inputs: dict | None) -> dict:
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": dict(FP8_BLOCKS),
-                "input_activations": inputs and dict(inputs),
-            }
-        },
-    }
-
-
-def quark() -> dict:
-    fp8 = {"dtype": "fp8_e4m3", "symmetric": True}
-    return {
-        "quant_method": "quark",
-        "export": {"kv_cache_group": [], "pack_method": "reorder"},
-        "exclude": ["lm_head"],
-        "layer_quant_config": {},
-        "layer_type_quant_config": {},
-        "global_quant_config": {
-            "weight": {
-                **fp8,
-                "is_dynamic": False,
-                "qscheme": "per_block",
-                "block_size": [128, 128],
-            },
-            "input_tensors": {
-                **fp8,
-                "is_dynamic": True,
-                "qscheme": "per_group",
-                "group_size": 128,
-            },
-        },
-    }
-
-
-MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "ignore": []}
 INC = {
     "quant_method": "auto-round",
     "bits": 8,
@@ -76,14 +28,9 @@ INC = {
 }
 
 
-def modelopt_mixed() -> dict:
-    quantized = {"model.layers.0.mlp.experts": {"quant_algo": "FP8_PB_WO"}}
-    return {
-        "quant_method": "modelopt",
-        "quant_algo": "MIXED_PRECISION",
-        "quantized_layers": quantized,
-        "ignore": [],
-    }
+def of_model(name: str) -> dict:
+    """Return what the config.json of a model that parity is run on says."""
+    return json.loads((MODELS / f"{name}.json").read_text())["quantization_config"]
 
 
 @dataclass(frozen=True)
@@ -128,31 +75,31 @@ class Format:
 FORMATS = {
     "compressed-tensors": Format(
         "compressed-tensors",
-        lambda: compressed_tensors(FP8_GROUPS),
+        lambda: of_model("qwen3_moe_1536_compressed_tensors"),
         cut_linear="CutCompressedTensorsLinearMethod",
         cut_experts="CutCompressedTensorsMoEMethod",
     ),
     "quark": Format(
         "quark",
-        quark,
+        lambda: of_model("qwen3_moe_1536_quark"),
         cut_linear="CutQuarkLinearMethod",
         cut_experts="CutQuarkMoEMethod",
     ),
     "modelopt": Format(
         "modelopt",
-        lambda: dict(MODELOPT),
+        lambda: of_model("qwen3_2432_modelopt"),
         cut_linear="CutModelOptLinearMethod",
         shape=lambda scale: scale[:, None, :, None],
     ),
     "modelopt-mixed": Format(
         "modelopt-mixed",
-        modelopt_mixed,
+        lambda: copy.deepcopy(MIXED),
         scale="weight_scale_inv",
         cut_experts="CutFp8MoEMethod",
     ),
     "inc": Format(
         "inc",
-        lambda: dict(INC),
+        lambda: copy.deepcopy(INC),
         scale="weight_scale_inv",
         cut_linear="INCLinearMethod",
     ),
