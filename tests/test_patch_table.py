@@ -13,8 +13,6 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 def test_every_row_names_code_that_exists(patch):
-    module, _, function = patch.wrapper.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
     owner = importlib.import_module(patch.module)
     for part in patch.attribute.split("."):
         owner = getattr(owner, part)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_patch import wrappers
+
 ISSUE = "https://github.com/vllm-project/vllm/issues/17569"
 
 
@@ -18,8 +20,7 @@ class Patch:
         name: Short name for logs and ``vllm-patch status``.
         module: Module that holds the attribute; patched once vLLM imports it.
         attribute: Dotted path inside the module.
-        wrapper: ``module:function`` that takes the original and returns the
-            replacement.
+        wrapper: Takes the original and returns the replacement.
         parameters: Parameters of the original, if it is a function. Another
             signature means an unknown vLLM, which stays stock.
         why: What the replacement is for.
@@ -33,7 +34,7 @@ class Patch:
     name: str
     module: str
     attribute: str
-    wrapper: str
+    wrapper: Callable
     parameters: tuple[str, ...] | None
     why: str
     link: str
@@ -50,7 +51,7 @@ PATCHES = (
         name="env-var",
         module="vllm.envs",
         attribute="environment_variables",
-        wrapper="vllm_patch.wrappers:with_padding_variable",
+        wrapper=wrappers.with_padding_variable,
         parameters=None,
         why="VLLM_FP8_TP_PADDING is read like vLLM's own variables, without a warning",
         link=ISSUE,
@@ -60,7 +61,7 @@ PATCHES = (
         name="layers",
         module="vllm.model_executor.layers.quantization.fp8",
         attribute="Fp8Config.get_quant_method",
-        wrapper="vllm_patch.wrappers:with_cut_layers",
+        wrapper=wrappers.with_cut_layers,
         parameters=("self", "layer", "prefix"),
         why="experts and linear layers cut inside a quant block get methods of ours",
         link=ISSUE,
@@ -70,7 +71,7 @@ PATCHES = (
         name="masked",
         module="vllm.model_executor.layers.fused_moe.oracle.fp8",
         attribute="backend_to_kernel_cls",
-        wrapper="vllm_patch.wrappers:with_masked_experts",
+        wrapper=wrappers.with_masked_experts,
         parameters=("backend",),
         why="vLLM's choice of experts knows the masked Triton kernels",
         link=ISSUE,
@@ -100,9 +101,7 @@ def apply(patch: Patch) -> None:
     check(patch)
     owner, leaf = _owner(patch)
     original = vars(owner)[leaf]
-    module, _, function = patch.wrapper.partition(":")
-    wrapper: Callable = getattr(importlib.import_module(module), function)
-    replacement = wrapper(original)
+    replacement = patch.wrapper(original)
     setattr(owner, leaf, replacement)
     _applied[patch.name] = original, replacement
 
@@ -151,12 +150,9 @@ def check(patch: Patch) -> None:
 def _owner(patch: Patch) -> tuple[Any, str]:
     owner: Any = importlib.import_module(patch.module)
     *path, leaf = patch.attribute.split(".")
-    try:
-        for part in path:
-            owner = getattr(owner, part)
-    except AttributeError as error:
-        raise UnexpectedTarget(f"{patch.target} does not exist") from error
-    if leaf not in vars(owner):
+    for part in path:
+        owner = getattr(owner, part, None)
+    if leaf not in getattr(owner, "__dict__", {}):
         raise UnexpectedTarget(f"{patch.target} does not exist")
     return owner, leaf
 

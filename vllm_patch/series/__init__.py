@@ -5,6 +5,5 @@ commits.py  which file goes upstream in which commit, and why
 hooks/      FIRST-LAST/COMMIT.diff: what a commit changes in vLLM's own files, in the
             releases FIRST to LAST; stock.json: these files' git blobs, by release
 diffs.py    a commit's changes, by file
-mails.py    the commits as mails that git am takes
 tests/      in the installed package: tests/fp8_tp_padding/ of the repository
 """
