@@ -21,13 +21,6 @@ OURS = f"{LIBRARY}/methods/experts.py"
 
 
 @pytest.fixture
-def release(request) -> str:
-    """The release under test, or the newest if that has no series."""
-    chosen = request.config.getoption("--vllm")
-    return chosen if chosen in STOCK else [*STOCK][-1]
-
-
-@pytest.fixture
 def tree(release, tmp_path) -> Path:
     """What the change touches of an unpacked source distribution, and its marks."""
     return copy_of_release(release, tmp_path / "vllm-src")
