@@ -9,7 +9,7 @@ import torch
 from benchmarks import linear
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, of_fp8_values
-from benchmarks.record import Rows
+from benchmarks.run import Rows
 
 CASES = [
     # 96 per rank: the second one straddles two blocks.

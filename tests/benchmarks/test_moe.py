@@ -13,7 +13,7 @@ from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
 from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
-from benchmarks.record import Rows
+from benchmarks.run import Rows
 
 # 192 columns per rank, the second one from half a block on. With one block of hidden
 # columns, scales would make a rank's first block count next to nothing.
