@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
 MODELS = Path(__file__).parent.parent / "models"

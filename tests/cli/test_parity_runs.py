@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
 

@@ -12,13 +12,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_patch import releases
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import ENDING_SIGNALS, UsageError
 from vllm_patch.series import diffs
 from vllm_patch.series.diffs import STOCK, Files, contents, hooked
 
 # Of what is written beside a file.
 NEW, OLD = ".vllm-patch-new", ".vllm-patch-old"
-ENDING_SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

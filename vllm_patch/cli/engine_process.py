@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patch import plugin
+from vllm_patch.cli import ENDING_SIGNALS
 
 # What a run needs here and its user may have set otherwise. The CPU ones make
 # several ranks share a small machine; other platforms ignore them.
@@ -28,7 +29,6 @@ ENVIRONMENT = {
 }
 HEARTBEAT_SECONDS = 30
 POLL_SECONDS = 1
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # vLLM logs some errors that it survives as warnings.
 _ERROR_LINE = re.compile(
     r"^(?!.*\bWARNING\b).*?(?:^|[ \t])"

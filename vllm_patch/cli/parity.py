@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patch import __version__, plugin
-from vllm_patch.cli import engine_process
+from vllm_patch.cli import UsageError, engine_process
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
-from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
 from vllm_patch.cli.parity_verdict import Verdict

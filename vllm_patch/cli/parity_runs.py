@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.engine_process import EngineProcess, say
-from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
 # Prompts and their tokens, together or each in a call of its own: kernels differ for

@@ -5,7 +5,7 @@ import argparse
 import re
 from pathlib import Path
 
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError
 from vllm_patch.series.commits import COMMITS
 from vllm_patch.series.diffs import STOCK, changes_of
 
