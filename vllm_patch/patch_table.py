@@ -24,8 +24,8 @@ class Patch:
         parameters: Parameters of the original, if it is a function. Another
             signature means an unknown vLLM, which stays stock.
         why: What the replacement is for.
-        link: Where upstream discusses it.
         until: What makes the row removable.
+        link: Where upstream discusses it.
         without: What becomes of layers if only this row cannot be applied; without
             that, vLLM stays stock.
 
@@ -37,8 +37,8 @@ class Patch:
     wrapper: Callable
     parameters: tuple[str, ...] | None
     why: str
-    link: str
     until: str
+    link: str = ISSUE
     without: str = ""
 
     @property
@@ -54,7 +54,6 @@ PATCHES = (
         wrapper=wrappers.with_padding_variable,
         parameters=None,
         why="VLLM_FP8_TP_PADDING is read like vLLM's own variables, without a warning",
-        link=ISSUE,
         until="vLLM defines VLLM_FP8_TP_PADDING",
     ),
     Patch(
@@ -64,7 +63,6 @@ PATCHES = (
         wrapper=wrappers.with_cut_layers,
         parameters=("self", "layer", "prefix"),
         why="experts and linear layers cut inside a quant block get methods of ours",
-        link=ISSUE,
         until="vLLM loads block-FP8 layers at any tensor-parallel size",
     ),
     Patch(
@@ -74,7 +72,6 @@ PATCHES = (
         wrapper=wrappers.with_masked_experts,
         parameters=("backend",),
         why="vLLM's choice of experts knows the masked Triton kernels",
-        link=ISSUE,
         until="vLLM's Triton experts take columns that are cut inside a quant block",
         without="experts are padded, and not multiplied by masked kernels",
     ),
