@@ -4,12 +4,13 @@ import argparse
 import csv
 import datetime
 import importlib.metadata
+import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -22,14 +23,12 @@ from vllm_patch import plugin
 class Rows:
     """A CSV file whose rows are on disk as soon as they are known."""
 
-    def __init__(self, file: TextIO | None, common: dict[str, str]):
+    def __init__(self, file: TextIO, common: dict[str, str]):
         self.file = file
         self.common = common
         self.writer: csv.DictWriter | None = None
 
     def add(self, row: dict[str, object]) -> None:
-        if self.file is None:
-            return
         row = {**row, **self.common}
         if self.writer is None:
             self.writer = csv.DictWriter(self.file, list(row))
@@ -161,7 +160,7 @@ def started(args: argparse.Namespace, bounds: str) -> Iterator[Rows]:
     where = environment(args.commit)
     for name, value in {**where, "bounds": bounds}.items():
         print(f"{name:8} {value}")
-    with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
+    with open(args.csv or os.devnull, "w", newline="") as file:
         yield Rows(file, where)
 
 

@@ -132,7 +132,7 @@ def test_the_worst_loaded_rank_comes_first():
 
 
 def a_run():
-    return moe.ExpertsRun(torch.device("cpu"), [3], Rows(None, {}))
+    return moe.ExpertsRun(torch.device("cpu"), [3], Rows(io.StringIO(), {}))
 
 
 def test_rows_and_means(plugin, clock, capsys):
