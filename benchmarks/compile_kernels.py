@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -50,20 +51,14 @@ MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
 
 
-class _Gpu:
-    """What Triton asks a driver before it compiles."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+def compile_for(arch: int) -> None:
+    """Answer what Triton asks a driver before it compiles."""
+    driver = SimpleNamespace(
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
+    triton.runtime.driver.set_active(driver)
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Job:
 
     def run(self) -> "Usage":
         module, name = self.name
-        triton.runtime.driver.set_active(_Gpu(self.arch))
+        compile_for(self.arch)
         binary = vars(sys.modules[module])[name].preload(self.what)
         registers, spilled = registers_of(binary)
         depends = json.loads(self.what)["options"]["launch_pdl"]
@@ -144,7 +139,7 @@ def launched(arch: int, call: Callable[[], None]) -> list[Job]:
         return True  # Triton takes it that somebody else compiles.
 
     with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
-        triton.runtime.driver.set_active(_Gpu(arch))
+        compile_for(arch)
         call()
     return found
 

@@ -1,17 +1,42 @@
-"""What the benchmarks have in common: options, problems, bars and the exit status."""
+"""What the benchmarks share: options, rows, problems, bars and the exit status."""
 
 import argparse
+import csv
+import datetime
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from benchmarks import checkpoint as checkpoints
 from benchmarks.checkpoint import Checkpoint
-from benchmarks.record import Rows, environment
 from vllm_patch import plugin
+
+
+class Rows:
+    """A CSV file whose rows are on disk as soon as they are known."""
+
+    def __init__(self, file: TextIO, common: dict[str, str]):
+        self.file = file
+        self.common = common
+        self.writer: csv.DictWriter | None = None
+
+    def add(self, row: dict[str, object]) -> None:
+        row = {**row, **self.common}
+        if self.writer is None:
+            self.writer = csv.DictWriter(self.file, list(row))
+            self.writer.writeheader()
+        self.writer.writerow(row)
+        self.file.flush()
 
 
 @dataclass
@@ -111,6 +136,32 @@ def chosen(cases: Sequence, args: argparse.Namespace) -> list:
     return [case for case in cases if any(text in case.name for text in args.cases)]
 
 
+def environment(commit: str | None) -> dict[str, str]:
+    """Return GPU, versions, date, commit and command, as columns of a CSV."""
+    import vllm
+
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    cuda = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else "none",
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or _commit(),
+        "command": shlex.join(command),
+    }
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
 @contextmanager
 def started(args: argparse.Namespace, bounds: str) -> Iterator[Rows]:
     """Register the plugin, say what runs where, and open the file of rows."""
@@ -118,7 +169,7 @@ def started(args: argparse.Namespace, bounds: str) -> Iterator[Rows]:
     where = environment(args.commit)
     for name, value in {**where, "bounds": bounds}.items():
         print(f"{name:8} {value}")
-    with open(args.csv, "w", newline="") if args.csv else nullcontext() as file:
+    with open(args.csv or os.devnull, "w", newline="") as file:
         yield Rows(file, where)
 
 

@@ -84,6 +84,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture
+def release(request) -> str:
+    """The release under test, or the newest if that has no series."""
+    from vllm_patch.series.diffs import STOCK
+
+    chosen = request.config.getoption("--vllm")
+    return chosen if chosen in STOCK else [*STOCK][-1]
+
+
+@pytest.fixture
 def plugin():
     """The plugin, registered for the length of a test."""
     from vllm_patch import plugin

@@ -13,8 +13,8 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 def test_every_row_names_code_that_exists(patch):
-    module, _, function = patch.wrapper.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    if not patch.is_of(importlib.import_module("vllm").__version__):
+        pytest.skip(f"{patch.name} is of vLLM {patch.since} and later")
     owner = importlib.import_module(patch.module)
     for part in patch.attribute.split("."):
         owner = getattr(owner, part)

@@ -9,7 +9,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from vllm_patch import releases
+from vllm_patch import formats, releases, wrappers
 
 ISSUE = "https://github.com/vllm-project/vllm/issues/17569"
 
@@ -22,13 +22,12 @@ class Patch:
         name: Short name for logs and ``vllm-patch status``.
         module: Module that holds the attribute; patched once vLLM imports it.
         attribute: Dotted path inside the module.
-        wrapper: ``module:function`` that takes the original and returns the
-            replacement.
+        wrapper: Takes the original and returns the replacement.
         parameters: Parameters of the original, if it is a function. Another
             signature means an unknown vLLM, which stays stock.
         why: What the replacement is for.
-        link: Where upstream discusses it.
         until: What makes the row removable.
+        link: Where upstream discusses it.
         without: What becomes of layers if only this row cannot be applied; without
             that, vLLM stays stock.
         since: The first release that has the target.
@@ -38,11 +37,11 @@ class Patch:
     name: str
     module: str
     attribute: str
-    wrapper: str
+    wrapper: Callable
     parameters: tuple[str, ...] | None
     why: str
-    link: str
     until: str
+    link: str = ISSUE
     without: str = ""
     since: str = releases.SUPPORTED[0]
 
@@ -56,21 +55,17 @@ class Patch:
 
 
 def _format_row(
-    name: str,
-    module: str,
-    config: str,
-    wrapper: str,
-    since: str = releases.SUPPORTED[0],
+    name: str, config: str, checkpoint_format: str, since: str = releases.SUPPORTED[0]
 ) -> Patch:
     """Return the row of a checkpoint format beside plain FP8."""
+    module, _, config = config.rpartition(".")
     return Patch(
         name=name,
         module=f"vllm.model_executor.layers.quantization.{module}",
         attribute=f"{config}.get_quant_method",
-        wrapper=f"vllm_patch.formats:{wrapper}",
+        wrapper=formats.with_cut_layers(checkpoint_format),
         parameters=("self", "layer", "prefix"),
         why=f"likewise in {name} checkpoints",
-        link=ISSUE,
         until="as above",
         without=f"layers of {name} checkpoints that are cut inside a quant block stay "
         "stock",
@@ -83,53 +78,43 @@ PATCHES = (
         name="env-var",
         module="vllm.envs",
         attribute="environment_variables",
-        wrapper="vllm_patch.wrappers:with_padding_variable",
+        wrapper=wrappers.with_padding_variable,
         parameters=None,
         why="VLLM_FP8_TP_PADDING is read like vLLM's own variables, without a warning",
-        link=ISSUE,
         until="vLLM defines VLLM_FP8_TP_PADDING",
     ),
     Patch(
         name="layers",
         module="vllm.model_executor.layers.quantization.fp8",
         attribute="Fp8Config.get_quant_method",
-        wrapper="vllm_patch.formats:with_cut_fp8",
+        wrapper=formats.with_cut_layers("fp8"),
         parameters=("self", "layer", "prefix"),
         why="experts and linear layers cut inside a quant block get methods of ours",
-        link=ISSUE,
         until="vLLM loads block-FP8 layers at any tensor-parallel size",
     ),
     _format_row(
         "compressed-tensors",
-        "compressed_tensors.compressed_tensors",
-        "CompressedTensorsConfig",
-        "with_cut_compressed_tensors",
-        releases.SUPPORTED[0],
+        "compressed_tensors.compressed_tensors.CompressedTensorsConfig",
+        "compressed_tensors",
     ),
-    _format_row("quark", "quark.quark", "QuarkConfig", "with_cut_quark", "0.30.0"),
+    _format_row("quark", "quark.quark.QuarkConfig", "quark", since="0.30.0"),
     _format_row(
-        "modelopt",
-        "modelopt",
-        "ModelOptQuantConfigBase",
-        "with_cut_modelopt",
-        "0.30.0",
+        "modelopt", "modelopt.ModelOptQuantConfigBase", "modelopt", since="0.30.0"
     ),
     _format_row(
         "modelopt-mixed",
+        "modelopt.ModelOptMixedPrecisionConfig",
         "modelopt",
-        "ModelOptMixedPrecisionConfig",
-        "with_cut_modelopt",
-        "0.30.0",
+        since="0.30.0",
     ),
-    _format_row("inc", "inc.inc", "INCConfig", "with_cut_inc", "0.29.0"),
+    _format_row("inc", "inc.inc.INCConfig", "inc", since="0.29.0"),
     Patch(
         name="masked",
         module="vllm.model_executor.layers.fused_moe.oracle.fp8",
         attribute="backend_to_kernel_cls",
-        wrapper="vllm_patch.wrappers:with_masked_experts",
+        wrapper=wrappers.with_masked_experts,
         parameters=("backend",),
         why="vLLM's choice of experts knows the masked Triton kernels",
-        link=ISSUE,
         until="vLLM's Triton experts take columns that are cut inside a quant block",
         without="experts are padded, and not multiplied by masked kernels",
     ),
@@ -156,9 +141,7 @@ def apply(patch: Patch) -> None:
     check(patch)
     owner, leaf = _owner(patch)
     original = vars(owner)[leaf]
-    module, _, function = patch.wrapper.partition(":")
-    wrapper: Callable = getattr(importlib.import_module(module), function)
-    replacement = wrapper(original)
+    replacement = patch.wrapper(original)
     setattr(owner, leaf, replacement)
     _applied[patch.name] = original, replacement
 
@@ -207,12 +190,9 @@ def check(patch: Patch) -> None:
 def _owner(patch: Patch) -> tuple[Any, str]:
     owner: Any = importlib.import_module(patch.module)
     *path, leaf = patch.attribute.split(".")
-    try:
-        for part in path:
-            owner = getattr(owner, part)
-    except AttributeError as error:
-        raise UnexpectedTarget(f"{patch.target} does not exist") from error
-    if leaf not in vars(owner):
+    for part in path:
+        owner = getattr(owner, part, None)
+    if leaf not in getattr(owner, "__dict__", {}):
         raise UnexpectedTarget(f"{patch.target} does not exist")
     return owner, leaf
 

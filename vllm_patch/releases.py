@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vLLM releases that are supported; what differs between them belongs here."""
 
+import re
+from contextlib import suppress
+from pathlib import Path
+
 from packaging.version import InvalidVersion, Version
 
 SUPPORTED = (
@@ -32,3 +36,20 @@ def is_supported(vllm_version: str) -> bool:
         version.release[:2] == known.release[:2] and version >= known
         for known in map(Version, SUPPORTED)
     )
+
+
+def stated(tree: Path) -> str | None:
+    """Return the release that a source tree states; checkouts and their builds do not.
+
+    Args:
+        tree: Folder that holds ``vllm/``.
+
+    """
+    pattern = r"^(?:Version: |__version__ = .*?['\"])([^'\"\s]+)"
+    for file in tree / "vllm" / "_version.py", tree / "PKG-INFO":
+        text = file.read_text() if file.is_file() else ""
+        if found := re.search(pattern, text, re.MULTILINE):
+            with suppress(InvalidVersion):
+                version = Version(found[1])
+                return None if version.is_devrelease else version.public
+    return None

@@ -10,7 +10,7 @@ import torch
 from benchmarks import linear
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, of_fp8_values
-from benchmarks.record import Rows
+from benchmarks.run import Rows
 
 MODELS = Path(__file__).parent.parent / "models"
 FORMATS = [
@@ -65,7 +65,7 @@ def test_compiled_layers_must_compute_the_same(plugin, monkeypatch, case):
     trace = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **_: trace(f, backend="eager"))
     monkeypatch.setattr(linear, "ROTATED_BYTES", 1)
-    run = linear.Run(torch.device("cpu"), [3], Rows(None, {}))
+    run = linear.Run(torch.device("cpu"), [3], Rows(io.StringIO(), {}))
     with linear._only("TritonFp8BlockScaledMMKernel"):
         timed = linear._Timed(run, case, 1)
     linear._compare_compiled(run, "Triton", timed)
@@ -77,7 +77,7 @@ def test_compiled_layers_must_compute_the_same(plugin, monkeypatch, case):
 
 
 def test_a_replay_must_read_its_input_anew(plugin, replays_right):
-    run, case = linear.Run(torch.device("cpu"), [3], Rows(None, {})), CASES[0]
+    run, case = linear.Run(torch.device("cpu"), [3], Rows(io.StringIO(), {})), CASES[0]
     with linear._only("TritonFp8BlockScaledMMKernel"):
         layer = linear._loaded(run, case, case.tensors(run.device), 1)
     x = linear._activations(run, case, 1, 3, layer)

@@ -14,7 +14,7 @@ from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
 from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
-from benchmarks.record import Rows
+from benchmarks.run import Rows
 
 # 192 columns per rank, the second one from half a block on. With one block of hidden
 # columns, scales would make a rank's first block count next to nothing.
@@ -139,7 +139,7 @@ def test_the_worst_loaded_rank_comes_first():
 
 
 def a_run():
-    return moe.ExpertsRun(torch.device("cpu"), [3], Rows(None, {}))
+    return moe.ExpertsRun(torch.device("cpu"), [3], Rows(io.StringIO(), {}))
 
 
 def test_rows_and_means(plugin, clock, capsys):

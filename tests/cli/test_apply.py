@@ -21,13 +21,6 @@ OURS = f"{LIBRARY}/methods/experts.py"
 
 
 @pytest.fixture
-def release(request) -> str:
-    """The release under test, or the newest if that has no series."""
-    chosen = request.config.getoption("--vllm")
-    return chosen if chosen in STOCK else [*STOCK][-1]
-
-
-@pytest.fixture
 def tree(release, tmp_path) -> Path:
     """What the change touches of an unpacked source distribution, and its marks."""
     return copy_of_release(release, tmp_path / "vllm-src")
@@ -155,26 +148,18 @@ def test_site_packages_get_no_tests(tree):
     assert snapshot(tree) == before
 
 
-def test_a_tree_inside_another_repository(release, tmp_path, monkeypatch):
+def test_a_tree_inside_another_repository(release, tmp_path):
     """Where plain ``git apply`` says yes and does nothing."""
     git(tmp_path, "init", "-q")
     tree = copy_of_release(release, tmp_path / "third_party" / "vllm")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
     assert main(["apply", str(tree)]) == 0
     assert main(["apply", str(tree), "--check"]) == 0
 
 
-def test_settings_of_git_do_not_matter(tree, tmp_path, monkeypatch):
-    settings = "[core]\nautocrlf = true\n[apply]\nwhitespace = error\n"
-    (tmp_path / ".gitconfig").write_text(settings)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("GIT_DIR", str(tmp_path))
-    before = snapshot(tree)
+def test_without_git(tree, monkeypatch):
+    monkeypatch.setenv("PATH", "")
     assert main(["apply", str(tree)]) == 0
-    assert main(["apply", str(tree), "--reverse"]) == 0
-    assert snapshot(tree) == before
+    assert main(["apply", str(tree), "--check"]) == 0
 
 
 def test_hard_links_keep_their_content(tree):
@@ -296,21 +281,22 @@ def test_a_failure_while_writing_changes_nothing(
         assert f"on device. {tree} is as it was before." in capsys.readouterr().err
 
 
-def test_a_disk_that_stays_full_changes_nothing(tree, capsys, monkeypatch):
-    """Putting things back takes no space."""
+@pytest.mark.parametrize("suffix", ["old", "new"])
+def test_a_disk_that_stays_full_changes_nothing(tree, capsys, monkeypatch, suffix):
+    """With a part of a file written; putting things back takes no space."""
     before = snapshot(tree)
-    write, calls = Path.write_bytes, []
+    write, failed = Path.write_bytes, []
 
     def full(file, content):
-        if file.is_relative_to(tree):
-            calls.append(file)
-            if len(calls) > 14:
-                raise FULL
+        if file.is_relative_to(tree) and (failed or file.name.endswith(suffix)):
+            failed.append(file)
+            write(file, content[:10])
+            raise FULL
         return write(file, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert f"{tree} is as it was before." in refused(capsys, tree)
-    assert len(calls) > 14 and snapshot(tree) == before
+    assert failed and snapshot(tree) == before
 
 
 @pytest.mark.parametrize("suffix", ["old", "new"])
@@ -404,8 +390,3 @@ def test_a_file_system_without_locks(tree, capsys, monkeypatch, option):
     monkeypatch.setattr("fcntl.flock", flock)
     assert "Function not implemented" in refused(capsys, tree, *option)
     assert snapshot(tree) == before
-
-
-def test_without_git(tree, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "git is not installed" in refused(capsys, tree)

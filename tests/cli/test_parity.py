@@ -17,6 +17,7 @@ from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
 
 SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
+OUT_OF_TIME = "no result after 5 s"
 PADDING = "FP8 layers cut inside quant blocks: 2 MoE layers"
 
 
@@ -36,15 +37,14 @@ def engine(monkeypatch, tmp_path):
             "patched TP 8": (shifted(0.01), None, PADDING),
         }
         operators = {}
-        outside = False
         asked = []
 
     def run(process, batches, directory, timeout):
         Engine.asked.append((process, batches))
         scores, error, padding = Engine.results[process.label]
         operators = Engine.operators.get(process.label, [])
-        outside = Engine.outside and bool(error)
-        return EngineResult(scores, error, outside, padding, operators, 1.0, 3 << 30)
+        ended = error == OUT_OF_TIME
+        return EngineResult(scores, error, ended, padding, operators, 1.0, 3 << 30)
 
     monkeypatch.setattr(engine_process, "run", run)
     monkeypatch.setattr(parity, "_on_cpu", lambda: False)
@@ -66,19 +66,9 @@ def run(model, *arguments) -> int:
 def test_parity_holds(engine, model, capsys):
     assert run(model) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0].split() == [
-        *("run", "result", "mean", "|dlogp|", "max", "|dlogp|", "top-1", "seconds"),
-        "GiB",
-    ]
-    assert out.splitlines()[1].split() == [
-        "stock",
-        "TP",
-        "1",
-        "serves",
-        *"---",
-        "1",
-        "3.0",
-    ]
+    head, first = (" ".join(line.split()) for line in out.splitlines()[:2])
+    assert head == "run result mean |dlogp| max |dlogp| top-1 seconds GiB"
+    assert first == "stock TP 1 serves - - - 1 3.0"
     assert "stock TP 8: ValueError: 192 is not divisible" in out
     assert PADDING in out
     assert out.endswith("PARITY HOLDS\n")
@@ -86,30 +76,68 @@ def test_parity_holds(engine, model, capsys):
 
 
 @pytest.mark.parametrize(
-    ("result", "failure"),
+    ("role", "result", "runs", "reason"),
     [
         (
+            "patched TP 8",
             (shifted(0.5), None, PADDING),
-            "patched is farther from the baseline than noise explains",
+            4,
+            "NO PARITY: patched is farther from the baseline than noise explains",
         ),
         (
+            "patched TP 8",
             (None, "ValueError: broken", None),
-            "patched TP 8 failed: ValueError: broken",
+            4,
+            "NO PARITY: patched TP 8 failed: ValueError: broken",
+        ),
+        (
+            "patched TP 8",
+            (None, OUT_OF_TIME, None),
+            4,
+            "CANNOT BE JUDGED: patched TP 8 failed: no result after 5 s",
+        ),
+        (
+            "patched TP 8",
+            (SCORES, None, None),
+            4,
+            (
+                "CANNOT BE JUDGED: the plugin took no layer over: this TP size cuts no "
+                "quant block, or the run's log (--logs) says why"
+            ),
+        ),
+        (
+            "stock TP 4 (control)",
+            (shifted(0.3), None, None),
+            4,
+            (
+                "CANNOT BE JUDGED: the control is 0.30 nats from the baseline, too far "
+                "to judge by; try fewer --layers or another --control-tp"
+            ),
+        ),
+        (
+            "stock TP 1",
+            (None, "OSError: gone", None),
+            1,
+            "CANNOT BE JUDGED: stock TP 1 failed: OSError: gone",
+        ),
+        (
+            "stock TP 4 (control)",
+            (None, OUT_OF_TIME, None),
+            2,
+            "CANNOT BE JUDGED: stock TP 4 (control) failed: no result after 5 s",
         ),
     ],
 )
-def test_no_parity_says_why(engine, model, capsys, result, failure):
-    engine.results["patched TP 8"] = result
-    assert run(model) == 1
-    assert capsys.readouterr().out.endswith(f"NO PARITY: {failure}\n")
-
-
-def test_a_patched_run_that_the_machine_ended_is_not_judged(engine, model, capsys):
-    engine.results["patched TP 8"] = (None, "no result after 5 s", None)
-    engine.outside = True
-    assert run(model) == 2
-    out = capsys.readouterr().out
-    assert out.endswith("CANNOT BE JUDGED: patched TP 8 failed: no result after 5 s\n")
+def test_what_is_not_parity_says_why(
+    engine, model, tmp_path, capsys, role, result, runs, reason
+):
+    out = tmp_path / "out.json"
+    engine.results[role] = result
+    is_judged = reason.startswith("NO PARITY")
+    assert run(model, "--json", str(out)) == (1 if is_judged else 2)
+    assert len(engine.asked) == runs
+    assert capsys.readouterr().out.endswith(f"{reason}\n")
+    assert json.loads(out.read_text())["parity"] is (False if is_judged else None)
 
 
 def test_a_control_of_exactly_0_is_said_and_denies_nothing(engine, model, capsys):
@@ -120,52 +148,6 @@ def test_a_control_of_exactly_0_is_said_and_denies_nothing(engine, model, capsys
     assert "control has the same TP or is exactly 0" in out.splitlines()[-1]
     engine.results["patched TP 8"] = (SCORES, None, PADDING)
     assert run(model) == 0
-
-
-@pytest.mark.parametrize(
-    ("role", "result", "runs", "reason"),
-    [
-        (
-            "patched TP 8",
-            (SCORES, None, None),
-            4,
-            (
-                "the plugin took no layer over: this TP size cuts no quant block, or "
-                "the run's log (--logs) says why"
-            ),
-        ),
-        (
-            "stock TP 4 (control)",
-            (shifted(0.3), None, None),
-            4,
-            (
-                "the control is 0.30 nats from the baseline, too far to judge by; try "
-                "fewer --layers or another --control-tp"
-            ),
-        ),
-        (
-            "stock TP 1",
-            (None, "OSError: gone", None),
-            1,
-            "stock TP 1 failed: OSError: gone",
-        ),
-        (
-            "stock TP 4 (control)",
-            (None, "no result after 5 s", None),
-            2,
-            "stock TP 4 (control) failed: no result after 5 s",
-        ),
-    ],
-)
-def test_what_cannot_be_judged_is_no_verdict(
-    engine, model, tmp_path, capsys, role, result, runs, reason
-):
-    out = tmp_path / "out.json"
-    engine.results[role] = result
-    assert run(model, "--json", str(out)) == 2
-    assert len(engine.asked) == runs
-    assert capsys.readouterr().out.endswith(f"CANNOT BE JUDGED: {reason}\n")
-    assert json.loads(out.read_text())["parity"] is None
 
 
 @pytest.mark.parametrize(
@@ -359,39 +341,48 @@ def test_a_folder_without_a_model(engine, tmp_path, capsys):
     assert "No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "built_in", "patched", "told"),
+    [
+        ("VLLM_PLUGINS", "other,vllm_patch", False, False, "other"),
+        ("VLLM_PLUGINS", "other", False, True, "other,vllm_patch"),
+        ("VLLM_PLUGINS", None, False, True, None),
+        # The patched run pads, and says so.
+        ("VLLM_FP8_TP_PADDING", "auto", False, False, None),
+        ("VLLM_FP8_TP_PADDING", "off", False, True, "auto"),
+        ("VLLM_LOGGING_LEVEL", "WARNING", False, True, "INFO"),
+        # A patched vLLM pads without the plugin, unless it is told not to.
+        ("VLLM_FP8_TP_PADDING", "auto", True, False, "off"),
+        ("VLLM_FP8_TP_PADDING", "auto", True, True, "auto"),
+    ],
+)
+def test_what_a_run_is_told(monkeypatch, name, value, built_in, patched, told):
+    monkeypatch.setattr(plugin, "built_in", lambda: "built in" if built_in else None)
+    monkeypatch.delenv(name, raising=False)
+    if value:
+        monkeypatch.setenv(name, value)
+    assert engine_process.environment(patched).get(name) == told
+
+
 def test_stock_runs_load_no_plugin_of_ours(monkeypatch):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "auto")
     stock = engine_process.environment(patched=False)
     assert "vllm_patch" not in stock["VLLM_PLUGINS"].split(",")
-    assert "VLLM_FP8_TP_PADDING" not in stock
-    assert "VLLM_PLUGINS" not in engine_process.environment(patched=True)
 
 
-def test_stock_has_no_git_patches_either(monkeypatch):
-    """A patched vLLM pads without the plugin, unless it is told not to."""
-    monkeypatch.setattr(plugin, "built_in", lambda: "built in")
-    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "auto")
-    stock = engine_process.environment(patched=False)
-    assert stock["VLLM_FP8_TP_PADDING"] == "off"
-    patched = engine_process.environment(patched=True)
-    assert patched["VLLM_FP8_TP_PADDING"] == "auto"
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """Return what runs a shell script in the place of the engine."""
+    child = tmp_path / "python"
+    monkeypatch.setattr(engine_process.sys, "executable", str(child))
 
+    def run_script(script: str, timeout: float = 30) -> EngineResult:
+        child.write_text(f"#!/bin/sh\n{script}\n")
+        child.chmod(0o755)
+        process = EngineProcess("stock TP 8", {})
+        return engine_process.run(process, [], tmp_path, timeout)
 
-def test_other_plugins_stay(monkeypatch):
-    monkeypatch.setenv("VLLM_PLUGINS", "other,vllm_patch")
-    assert engine_process.environment(patched=False)["VLLM_PLUGINS"] == "other"
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
-    allowed = engine_process.environment(patched=True)["VLLM_PLUGINS"]
-    assert set(allowed.split(",")) == {"other", "vllm_patch"}
-
-
-def test_the_patched_run_pads_and_says_so(monkeypatch):
-    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-    env = engine_process.environment(patched=True)
-    assert env["VLLM_FP8_TP_PADDING"] == "auto"
-    assert env["VLLM_LOGGING_LEVEL"] == "INFO"
+    return run_script
 
 
 @pytest.mark.parametrize(
@@ -420,29 +411,18 @@ def test_the_patched_run_pads_and_says_so(monkeypatch):
         ("Killed\n", "exit code 3 without an error"),
     ],
 )
-def test_the_engines_own_error_is_found(tmp_path, monkeypatch, log, error):
-    child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\ncat <<'END'\n{log}END\nexit 3\n")
-    child.chmod(0o755)
-    monkeypatch.setattr(engine_process.sys, "executable", str(child))
-    process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=30)
+def test_the_engines_own_error_is_found(tmp_path, run_script, log, error):
+    result = run_script(f"cat <<'END'\n{log}END\nexit 3")
     assert result.error == (error or log.strip())
     assert (tmp_path / "stock-TP-8.log").read_text() == log
     assert result.ended_outside == ("OutOfMemory" in log)
 
 
-def test_an_earlier_runs_result_is_not_this_ones(tmp_path, monkeypatch):
+def test_an_earlier_runs_result_is_not_this_ones(run_script):
     """With the same --logs."""
-    child = tmp_path / "python"
-    child.write_text('#!/bin/sh\necho "[1]" > "$4"\n')
-    child.chmod(0o755)
-    monkeypatch.setattr(engine_process.sys, "executable", str(child))
-    process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=30)
+    result = run_script('echo "[1]" > "$4"')
     assert result.scores == [1] and result.error is None
-    child.write_text("#!/bin/sh\nexit 3\n")
-    result = engine_process.run(process, [], tmp_path, timeout=30)
+    result = run_script("exit 3")
     assert result.scores is None and result.error == "exit code 3 without an error"
 
 
@@ -461,35 +441,21 @@ def test_an_earlier_runs_result_is_not_this_ones(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_what_the_machine_ended_is_told_apart(tmp_path, monkeypatch, script, error):
-    child = tmp_path / "python"
-    child.write_text(f"#!/bin/sh\n{script}\n")
-    child.chmod(0o755)
-    monkeypatch.setattr(engine_process.sys, "executable", str(child))
-    result = engine_process.run(EngineProcess("stock", {}), [], tmp_path, timeout=30)
+def test_what_the_machine_ended_is_told_apart(run_script, script, error):
+    result = run_script(script)
     assert result.error == error and result.ended_outside
 
 
-def test_what_an_engine_multiplies_by_is_read_from_its_log(tmp_path, monkeypatch):
-    child = tmp_path / "python"
+def test_what_an_engine_multiplies_by_is_read_from_its_log(run_script):
     line = "FP8 operators on this CPU: abacus"
     log = f"(Main) WARNING [x.py:1] {line}\n(Worker) WARNING [x.py:1] {line}"
-    child.write_text(f"#!/bin/sh\necho '{log}'\n")
-    child.chmod(0o755)
-    monkeypatch.setattr(engine_process.sys, "executable", str(child))
-    result = engine_process.run(EngineProcess("stock", {}), [], tmp_path, timeout=30)
-    assert result.operators == [line]
+    assert run_script(f"echo '{log}'").operators == [line]
 
 
-def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch):
-    child = tmp_path / "python"
-    child.write_text("#!/bin/sh\nsleep 600 & echo $! > worker\nwait\n")
-    child.chmod(0o755)
+def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch, run_script):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine_process.sys, "executable", str(child))
     monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0.5)
-    process = engine_process.EngineProcess("stock TP 8", {})
-    result = engine_process.run(process, [], tmp_path, timeout=1)
+    result = run_script("sleep 600 & echo $! > worker\nwait", timeout=1)
     assert result.error == "no result after 1 s" and result.ended_outside
     # Two small processes, and this one.
     own = psutil.Process().memory_full_info().pss

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.model_config import ModelConfig
-from vllm_patch.cli.parity_runs import Checkpoints, Runs, batches
+from vllm_patch.cli.parity_runs import Runs, batches
 
 AIR = MODELS / "glm4_moe_1408.json"
 DENSE = MODELS / "qwen3_2432.json"
+FIVE_BLOCKS = {"moe_intermediate_size": 640, "num_attention_heads": 40}
 
 
 @pytest.fixture
@@ -49,8 +50,7 @@ def labels(tmp_path, monkeypatch):
             model=model,
             engine_args=engine_args or {"max_model_len": 512},
         )
-        checkpoints = Checkpoints(model, config, work)
-        processes = Runs(args, config, is_on_cpu).processes(checkpoints)
+        processes = Runs(args, config, is_on_cpu).processes(work)
         sizes = {
             role: (process.engine, written.get(process.engine["model"], config))
             for role, process in processes.items()
@@ -67,31 +67,17 @@ def labels(tmp_path, monkeypatch):
         # 1280 / 8 = 160: ten blocks, which TP 2 keeps whole.
         (MODELS / "qwen3_moe_1280.json", {}, "stock TP 1", "stock TP 2 (control)"),
         # Five blocks: TP 5 keeps them whole where it divides the heads.
+        (QWEN3_MOE, FIVE_BLOCKS, "stock TP 1", "stock TP 8, widened (control)"),
         (
             QWEN3_MOE,
-            {"moe_intermediate_size": 640, "num_attention_heads": 40},
-            "stock TP 1",
-            "stock TP 8, widened (control)",
-        ),
-        (
-            QWEN3_MOE,
-            {
-                "moe_intermediate_size": 640,
-                "num_attention_heads": 40,
-                "num_key_value_heads": 40,
-            },
+            {**FIVE_BLOCKS, "num_key_value_heads": 40},
             "stock TP 1",
             "stock TP 8, widened (control)",
         ),
         # And the rows of the vocabulary, in whole 64s: 4160 of 4100, not 4096.
         (
             QWEN3_MOE,
-            {
-                "moe_intermediate_size": 640,
-                "num_attention_heads": 40,
-                "num_key_value_heads": 40,
-                "vocab_size": 4100,
-            },
+            {**FIVE_BLOCKS, "num_key_value_heads": 40, "vocab_size": 4100},
             "stock TP 1",
             "stock TP 5 (control)",
         ),

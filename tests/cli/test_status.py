@@ -19,26 +19,33 @@ def test_the_table(capsys):
     assert "Fp8Config.get_quant_method" in out
 
 
-def test_whole_blocks_for_all_layers(monkeypatch, capsys):
-    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "padded")
-    assert main(["status"]) == 0
-    out = capsys.readouterr().out
-    assert "yes, in every vLLM process (VLLM_FP8_TP_PADDING=padded)" in out
-
-
 @pytest.mark.parametrize(
-    ("variable", "value", "reason"),
+    ("built_in", "variable", "value", "code", "says"),
     [
-        ("VLLM_PLUGINS", "", "VLLM_PLUGINS='' does not list vllm_patch."),
-        ("VLLM_PLUGINS", "other", "VLLM_PLUGINS='other' does not list vllm_patch."),
-        ("VLLM_FP8_TP_PADDING", "off", "VLLM_FP8_TP_PADDING=off."),
-        ("VLLM_FP8_TP_PADDING", "on", "VLLM_FP8_TP_PADDING=on, and vLLM would stop"),
+        (
+            *(False, "VLLM_FP8_TP_PADDING", "padded", 0),
+            "yes, in every vLLM process (VLLM_FP8_TP_PADDING=padded)",
+        ),
+        (False, "VLLM_PLUGINS", "", 1, "no: VLLM_PLUGINS='' does not list vllm_patch."),
+        (False, "VLLM_PLUGINS", "other", 1, "no: VLLM_PLUGINS='other' does not list"),
+        (False, "VLLM_FP8_TP_PADDING", "off", 1, "no: VLLM_FP8_TP_PADDING=off."),
+        (
+            *(False, "VLLM_FP8_TP_PADDING", "on", 1),
+            "no: VLLM_FP8_TP_PADDING=on, and vLLM would stop",
+        ),
+        (
+            *(True, "VLLM_PLUGINS", "", 0),
+            "not needed: built in, so the plugin stands down",
+        ),
+        (True, "VLLM_FP8_TP_PADDING", "off", 1, "no: VLLM_FP8_TP_PADDING=off."),
     ],
 )
-def test_what_turns_it_off(monkeypatch, capsys, variable, value, reason):
+def test_what_variables_do(monkeypatch, capsys, built_in, variable, value, code, says):
+    if built_in:
+        monkeypatch.setattr(plugin, "built_in", lambda: "built in")
     monkeypatch.setenv(variable, value)
-    assert main(["status"]) == 1
-    assert f"active      no: {reason}" in capsys.readouterr().out
+    assert main(["status"]) == code
+    assert f"active      {says}" in capsys.readouterr().out
 
 
 def test_a_target_that_is_not_vllms(monkeypatch, capsys):
@@ -48,17 +55,3 @@ def test_a_target_that_is_not_vllms(monkeypatch, capsys):
     assert main(["status"]) == 1
     out = capsys.readouterr().out
     assert "was already replaced by an object of builtins.NoneType" in out
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "code", "says"),
-    [
-        ("VLLM_PLUGINS", "", 0, "not needed: built in, so the plugin stands down"),
-        ("VLLM_FP8_TP_PADDING", "off", 1, "no: VLLM_FP8_TP_PADDING=off."),
-    ],
-)
-def test_a_vllm_that_has_the_patches(monkeypatch, capsys, variable, value, code, says):
-    monkeypatch.setattr(plugin, "built_in", lambda: "built in")
-    monkeypatch.setenv(variable, value)
-    assert main(["status"]) == code
-    assert f"active      {says}" in capsys.readouterr().out

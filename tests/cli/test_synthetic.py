@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError
+from vllm_patch.cli.cpu_fp8.plain_torch import dequantize
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.synthetic import _widen, _widen_scale, write_checkpoint
 
@@ -47,8 +48,8 @@ def test_neighbouring_blocks_differ_ten_times_in_scale(tensors):
 
 def test_layers_keep_the_size_of_their_input(tensors):
     name = "model.layers.0.self_attn.q_proj"
-    scale = tensors[f"{name}.weight_scale_inv"].repeat_interleave(128, 0)
-    weight = tensors[f"{name}.weight"].float() * scale.repeat_interleave(128, 1)
+    scale = tensors[f"{name}.weight_scale_inv"]
+    weight = dequantize(tensors[f"{name}.weight"], scale, [128, 128])
     assert weight.square().sum(1).mean().sqrt().item() == pytest.approx(1, rel=0.05)
 
 
@@ -137,9 +138,7 @@ def logits(directory) -> torch.Tensor:
     tensors = read(directory)
     for name in [name for name in tensors if name.endswith("_scale_inv")]:
         scale, weight = tensors.pop(name), name.removesuffix("_scale_inv")
-        rows, columns = tensors[weight].shape
-        scale = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
-        tensors[weight] = tensors[weight].float() * scale[:, :columns]
+        tensors[weight] = dequantize(tensors[weight], scale, [128, 128])
     config = json.loads((directory / "config.json").read_text())
     del config["quantization_config"]
     (directory / "config.json").write_text(json.dumps(config))
@@ -196,13 +195,7 @@ def test_fused_experts_are_widened_each():
 def test_what_stays_in_bfloat16_is_widened_too(tmp_path):
     config = ModelConfig.read(MODELS / "qwen3_2432.json").with_layers(1)
     quantization = config.fields["quantization_config"]
-    quantization = {
-        **quantization,
-        "modules_to_not_convert": ["model.layers.0.mlp"],
-    }
-    config = ModelConfig(
-        config.path, {**config.fields, "quantization_config": quantization}
-    )
+    quantization["modules_to_not_convert"] = ["model.layers.0.mlp"]
     write_checkpoint(config, tmp_path, config.widened(8))
     tensors = read(tmp_path)
     up = tensors["model.layers.0.mlp.up_proj.weight"]

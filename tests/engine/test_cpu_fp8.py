@@ -11,8 +11,9 @@ import torch
 import vllm_patch
 from vllm_patch.cli.cpu_fp8 import operators
 
-AVX2_ONLY = Path(__file__).parent / "avx2_only"
-ASKS = "from vllm_patch.cli.cpu_fp8 import operators; operators.install()"
+AVX2_ONLY = (Path(__file__).parent / "avx2_only" / "sitecustomize.py").read_text()
+OPERATORS = "from vllm_patch.cli.cpu_fp8 import operators"
+ASKS = f"{OPERATORS}; operators.install()"
 # Of modules that import it, and do not run as parity's engine.
 IMPORTS = "import vllm_patch.cli.engine_run, vllm_patch.cli.cpu_fp8.check"
 SAYS = "WARNING FP8 operators on this CPU: "
@@ -55,8 +56,10 @@ def checks(*lines: str, **env) -> tuple[str, str]:
     return done.stdout.splitlines()[-1], done.stdout + done.stderr
 
 
-def check(*paths: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+def check(folder: Path, *changes: str) -> subprocess.CompletedProcess:
+    """Run the check in a Python that starts with ``changes``."""
+    (folder / "sitecustomize.py").write_text("\n".join(changes))
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "vllm_patch.cli.cpu_fp8.check"],
         env={**os.environ, "PYTHONPATH": path},
@@ -92,39 +95,29 @@ def test_only_the_question_for_amx_is_answered_and_that_is_said():
     assert checks(ASKS, ELSEWHERE)[0] == "checks: False True True"
 
 
-def test_this_cpus_operators_are_right():
-    done = check()
+def test_this_cpus_operators_are_right(tmp_path):
+    done = check(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (operators.choose() or "") in done.stderr
 
 
-def test_a_cpu_without_operators_gets_plain_torch():
-    done = check(AVX2_ONLY)
+def test_a_cpu_without_operators_gets_plain_torch(tmp_path):
+    done = check(tmp_path, AVX2_ONLY)
     assert done.returncode == 0, done.stderr
     assert operators.PLAIN_TORCH in done.stderr
 
 
 @pytest.mark.skipif(not operators.choose(), reason="this CPU has AMX")
 def test_a_check_that_is_not_lifted_is_noticed(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "from vllm_patch.cli.cpu_fp8 import operators\n"
-        "operators._answer = lambda module: None\n"
-    )
-    done = check(tmp_path)
+    done = check(tmp_path, OPERATORS, "operators._answer = lambda module: None")
     assert done.returncode == 1
     assert "RuntimeError: vLLM's checks refuse its FP8 operators" in done.stderr
 
 
 def test_operators_that_are_missing_are_not_replaced(tmp_path):
     """As where ``import vllm._C`` fails, which vLLM survives with a warning."""
-    (tmp_path / "sitecustomize.py").write_text(
-        (AVX2_ONLY / "sitecustomize.py").read_text()
-        + """
-from vllm_patch.cli.cpu_fp8 import operators
-operators.choose = lambda: operators.UNCHECKED
-"""
-    )
-    done = check(tmp_path)
+    change = "operators.choose = lambda: operators.UNCHECKED"
+    done = check(tmp_path, AVX2_ONLY, OPERATORS, change)
     assert done.returncode == 1
     assert "ImportError: vLLM's operators convert_weight_packed, fp8_" in done.stderr
 
@@ -139,9 +132,7 @@ operators.choose = lambda: operators.UNCHECKED
 )
 def test_a_wrong_operator_is_noticed(tmp_path, wrong, name, tokens):
     """Off by 2 % for one number of tokens: a block's scale would be by a factor."""
-    (tmp_path / "sitecustomize.py").write_text(
-        (AVX2_ONLY / "sitecustomize.py").read_text()
-        + f"""
+    spoil = f"""
 def _spoil(module):
     right = module.{wrong}
     def spoilt(*args):
@@ -155,7 +146,6 @@ def _spoil(module):
 
 wrapt.register_post_import_hook(_spoil, "vllm_patch.cli.cpu_fp8.plain_torch")
 """
-    )
-    done = check(tmp_path)
+    done = check(tmp_path, AVX2_ONLY, spoil)
     assert done.returncode == 1
     assert f"{name} is wrong on this CPU: of {tokens} tokens, a row is" in done.stderr

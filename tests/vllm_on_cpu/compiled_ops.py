@@ -2,72 +2,42 @@
 
 import torch
 
-_libraries: dict[str, torch.library.Library] = {}
+_libraries = {n: torch.library.Library(n, "FRAGMENT") for n in ("_C", "_moe_C")}
+_stand_ins = []
 
 
 def install() -> None:
     """Define each operator that this torch does not have."""
-    for namespace, schema, function in (
-        (
-            "_C",
-            (
-                "per_token_group_fp8_quant(Tensor input, Tensor(a!) output_q, "
-                "Tensor(b!) output_s, int group_size, float eps, float fp8_min, "
-                "float fp8_max, bool scale_ue8m0=False, bool a=False, bool b=False)"
-                " -> ()"
-            ),
-            _quantize_groups,
-        ),
-        ("_C", "silu_and_mul(Tensor(a!) result, Tensor input) -> ()", _silu_and_mul),
-        (
-            "_C",
-            (
-                "silu_and_mul_per_block_quant(Tensor(a!) out, Tensor input, "
-                "Tensor(b!) scales, int group_size, Tensor? scale_ub=None, "
-                "bool is_scale_transposed=False) -> ()"
-            ),
-            _silu_and_mul_quantize,
-        ),
-        ("_C", "cutlass_scaled_mm_supports_fp8(int c) -> bool", _no),
-        ("_C", "cutlass_scaled_mm_supports_block_fp8(int c) -> bool", _no),
-        ("_C", "cutlass_group_gemm_supported(int c) -> bool", _no),
-        (
-            "_moe_C",
-            (
-                "moe_align_block_size(Tensor topk_ids, int num_experts, "
-                "int block_size, Tensor(a!) sorted_token_ids, Tensor(b!) experts_ids, "
-                "Tensor(c!) num_tokens_post_pad, Tensor? maybe_expert_map=None, "
-                "Tensor? scatter_idx=None) -> ()"
-            ),
-            _moe_align_block_size,
-        ),
-        (
-            "_moe_C",
-            (
-                "moe_sum(Tensor input, Tensor(a!) output, Tensor? topk_ids=None, "
-                "Tensor? expert_map=None) -> ()"
-            ),
-            _moe_sum,
-        ),
-    ):
-        _define(namespace, schema, function)
+    for namespace, schema, function in _stand_ins:
+        name = schema.partition("(")[0]
+        if not hasattr(getattr(torch.ops, namespace), name):
+            library = _libraries[namespace]
+            library.define(schema)
+            library.impl(name, function, "CompositeExplicitAutograd")
 
 
-def _define(namespace: str, schema: str, function) -> None:
-    name = schema.partition("(")[0]
-    if hasattr(getattr(torch.ops, namespace), name):
-        return
-    library = _libraries.setdefault(
-        namespace, torch.library.Library(namespace, "FRAGMENT")
-    )
-    library.define(schema)
-    library.impl(name, function, "CompositeExplicitAutograd")
+def _stands_in(*schemas: str, namespace: str = "_C"):
+    def note(function):
+        _stand_ins.extend((namespace, schema, function) for schema in schemas)
+        return function
+
+    return note
 
 
+@_stands_in(
+    "cutlass_scaled_mm_supports_fp8(int c) -> bool",
+    "cutlass_scaled_mm_supports_block_fp8(int c) -> bool",
+    "cutlass_group_gemm_supported(int c) -> bool",
+)
 def _no(_capability):
     return False
 
 
+@_stands_in(
+    "per_token_group_fp8_quant(Tensor input, Tensor(a!) output_q, Tensor(b!) output_s, "
+    "int group_size, float eps, float fp8_min, float fp8_max, bool scale_ue8m0=False, "
+    "bool a=False, bool b=False) -> ()"
+)
 def _quantize_groups(x, out, scales, group_size, eps, low, high, ue8m0=False, *_):
     groups = x.float().unflatten(-1, (-1, group_size))
     scale = groups.abs().amax(-1).clamp_min(eps) / high
@@ -79,12 +49,17 @@ def _quantize_groups(x, out, scales, group_size, eps, low, high, ue8m0=False, *_
     scales.copy_(scale)
 
 
+@_stands_in("silu_and_mul(Tensor(a!) result, Tensor input) -> ()")
 def _silu_and_mul(out, x):
     gate, up = x.chunk(2, -1)
     # As in vLLM's CUDA kernel, the SiLU is rounded before it is multiplied.
     out.copy_(torch.nn.functional.silu(gate.float()).to(x.dtype) * up)
 
 
+@_stands_in(
+    "silu_and_mul_per_block_quant(Tensor(a!) out, Tensor input, Tensor(b!) scales, "
+    "int group_size, Tensor? scale_ub=None, bool is_scale_transposed=False) -> ()"
+)
 def _silu_and_mul_quantize(out, x, scales, group_size, scale_ub=None, transposed=False):
     gate, up = x.float().chunk(2, -1)
     assert up.shape[-1] % group_size == 0, "the CUDA kernel refuses partial groups"
@@ -92,6 +67,13 @@ def _silu_and_mul_quantize(out, x, scales, group_size, scale_ub=None, transposed
     _quantize_groups(hidden, out, scales, group_size, 1e-10, -448.0, 448.0)
 
 
+@_stands_in(
+    "moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, "
+    "Tensor(a!) sorted_token_ids, Tensor(b!) experts_ids, "
+    "Tensor(c!) num_tokens_post_pad, Tensor? maybe_expert_map=None, "
+    "Tensor? scatter_idx=None) -> ()",
+    namespace="_moe_C",
+)
 def _moe_align_block_size(
     topk_ids,
     num_experts,
@@ -120,6 +102,11 @@ def _moe_align_block_size(
     num_tokens_post_pad.fill_(position)
 
 
+@_stands_in(
+    "moe_sum(Tensor input, Tensor(a!) output, Tensor? topk_ids=None, "
+    "Tensor? expert_map=None) -> ()",
+    namespace="_moe_C",
+)
 def _moe_sum(x, out, topk_ids=None, expert_map=None):
     x = x.float()
     if expert_map is not None:

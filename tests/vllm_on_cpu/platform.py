@@ -13,6 +13,19 @@ DISABLED_LINEAR_KERNELS = (
     "CutlassFp8BlockScaledMMKernel",
     "MarlinFP8ScaledMMLinearKernel",
 )
+# What methods of the platform return.
+ANSWERS = {
+    "get_device_name": "NVIDIA H200",
+    "get_device_total_memory": 140 << 30,
+    "num_compute_units": 132,
+    "device_count": 8,
+    "is_pin_memory_available": False,
+    "set_device": None,
+    "get_device_communicator_cls": (
+        "vllm.distributed.device_communicators.base_device_communicator."
+        "DeviceCommunicatorBase"
+    ),
+}
 
 
 def install() -> None:
@@ -68,44 +81,13 @@ def _become_hopper() -> None:
         simple_compile_backend = "eager"
 
         @classmethod
-        def get_device_capability(cls, device_id=0):
-            return DeviceCapability(9, 0)
-
-        @classmethod
         def has_device_capability(cls, capability, device_id=0):
             if not isinstance(capability, int):
                 capability = capability[0] * 10 + capability[1]
             return capability <= 90
 
-        @classmethod
-        def get_device_name(cls, device_id=0):
-            return "NVIDIA H200"
-
-        @classmethod
-        def get_device_total_memory(cls, device_id=0):
-            return 140 << 30
-
-        @classmethod
-        def num_compute_units(cls, device_id=0):
-            return 132
-
-        @classmethod
-        def device_count(cls):
-            return 8
-
-        @classmethod
-        def is_pin_memory_available(cls):
-            return False
-
-        @classmethod
-        def set_device(cls, device):
-            pass
-
-        @classmethod
-        def get_device_communicator_cls(cls):
-            return (
-                "vllm.distributed.device_communicators.base_device_communicator."
-                "DeviceCommunicatorBase"
-            )
-
+    answers = {**ANSWERS, "get_device_capability": DeviceCapability(9, 0)}
+    for name, answer in answers.items():
+        says = staticmethod(lambda *args, answer=answer, **kwargs: answer)
+        setattr(HopperLookAlike, name, says)
     vllm.platforms._current_platform = HopperLookAlike()

@@ -4,20 +4,20 @@
 import argparse
 import fcntl
 import os
-import re
 import shutil
+import signal
 import stat
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
+from vllm_patch import releases
+from vllm_patch.cli import ENDING_SIGNALS, UsageError
+from vllm_patch.series import diffs
+from vllm_patch.series.diffs import STOCK, Files, contents, hooked
 
-from vllm_patch.cli.errors import UsageError
-from vllm_patch.cli.tree_write import Files, contents, write_all
-from vllm_patch.series.diffs import STOCK, blob_hash, changes
+# Of what is written beside a file.
+NEW, OLD = ".vllm-patch-new", ".vllm-patch-old"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -47,41 +47,27 @@ def run(args: argparse.Namespace) -> int:
     root = args.tree
     if not (root / "vllm" / "envs.py").is_file():
         raise UsageError(f"{root} is no vLLM tree. Give the folder that holds vllm/.")
-    if shutil.which("git") is None:
-        raise UsageError("git is not installed, and applies the diffs. Install it.")
-    try:
-        with _locked(root / "vllm", to_write=not (args.check or args.dry_run)):
-            return _run(args, root)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise UsageError(f"{error}. {root} was not changed.") from error
-
-
-def _run(args: argparse.Namespace, root: Path) -> int:
-    release, is_patched, others = _turned(root)
-    what = f"vLLM {release} in {root}"
-    if args.check or is_patched != args.reverse:
-        said = "." if args.check else ": nothing to do."
-        print(f"{what} is {'patched' if is_patched else 'not patched'}{said}")
-        return 1 if args.check and not is_patched else 0
-    for path in others:
-        _check_writable(root / path)
-        if args.dry_run:
-            print(f"would {'remove' if others[path] is None else 'write'} {path}")
-    if not args.dry_run:
-        write_all(root, others)
-        done = "Took the change out of" if args.reverse else "Patched"
-        print(f"{done} {what}: {len(others)} files.")
+    with _locked(root / "vllm", to_write=not (args.check or args.dry_run)):
+        release, is_patched, turned = _turned(root)
+        what = f"vLLM {release} in {root}"
+        if args.check or is_patched != args.reverse:
+            said = "." if args.check else ": nothing to do."
+            print(f"{what} is {'patched' if is_patched else 'not patched'}{said}")
+            return 1 if args.check and not is_patched else 0
+        for path in turned:
+            _check_writable(root / path)
+            if args.dry_run:
+                print(f"would {'remove' if turned[path] is None else 'write'} {path}")
+        if not args.dry_run:
+            _write_all(root, turned)
+            done = "Took the change out of" if args.reverse else "Patched"
+            print(f"{done} {what}: {len(turned)} files.")
     return 0
 
 
 @contextmanager
 def _locked(folder: Path, to_write: bool) -> Iterator[None]:
-    """Keep this machine's other `vllm-patch apply` from a tree, or from writing to it.
-
-    The lock is on the folder, leaves nothing there, and goes with the process.
-    """
+    """Keep this machine's other ``vllm-patch apply`` away; leaves nothing behind."""
     kind = fcntl.LOCK_EX if to_write else fcntl.LOCK_SH
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -94,76 +80,34 @@ def _locked(folder: Path, to_write: bool) -> Iterator[None]:
 
 
 def _turned(root: Path) -> tuple[str, bool, Files]:
-    """Return a tree's release, whether it is patched, and its files the other way.
-
-    Raises:
-        UsageError: Its files are no known release's, wholly patched or not at all.
-
-    """
-    foreign = {}
+    """Return a tree's release, whether it is patched, and its files the other way."""
+    known, stated = ", ".join(STOCK), releases.stated(root)
+    if stated not in (None, *STOCK):
+        raise UsageError(f"{root} is vLLM {stated}; known are {known}.")
     # site-packages have no place for tests.
     top = "" if (root / "setup.py").is_file() else "vllm/"
-    stated = _stated(root)
-    if stated and not stated.is_devrelease and stated.public not in STOCK:
-        raise UsageError(f"{root} is vLLM {stated}; known are {', '.join(STOCK)}.")
-    for release in reversed(STOCK):
-        diffs = {p: d for p, d in changes(release).items() if p.startswith(top)}
-        found = contents(root, diffs)
-        foreign[release] = _foreign(found, release)
-        if not foreign[release]:
-            return release, False, _git_apply(found, diffs)
-        if stock := _git_apply(found, diffs, "--reverse"):
-            foreign[release] = _foreign(stock, release)
-            if not foreign[release]:
-                return release, True, stock
-    nearest = stated.public if stated else None
-    if nearest not in foreign:
-        nearest = min(foreign, key=lambda release: len(foreign[release]))
+    ours = {p: held for p, held in diffs.new_contents().items() if p.startswith(top)}
+    found, foreign = contents(root, ours), {}
+    for release, blobs in reversed(STOCK.items()):
+        own = contents(root, (path for path in blobs if path.startswith(top)))
+        stock = hooked(own, release, reverse=True)
+        is_patched = stock is not None
+        stock, new = (stock, ours) if is_patched else (own, dict.fromkeys(ours))
+        wrong = [path for path in ours if found[path] != new[path]]
+        wrong += [path for path in own if diffs.blob_hash(stock[path]) != blobs[path]]
+        if not wrong and is_patched:
+            return release, True, stock | dict.fromkeys(ours)
+        if not wrong:
+            return release, False, hooked(stock, release) | ours
+        foreign[release] = wrong
+    nearest = min(foreign, key=lambda each: (each != stated, len(foreign[each])))
     wrong = foreign[nearest]
     raise UsageError(
         f"{root} has local edits, a part of the change, or another release than "
-        f"{', '.join(STOCK)}. Nearest is {nearest}, but not in "
+        f"{known}. Nearest is {nearest}, but not in "
         f"{', '.join(wrong[:5])}{' and more' * (len(wrong) > 5)}. Restore vLLM's own "
         "files, and remove fp8_tp_padding/ where it is left over."
     )
-
-
-def _stated(root: Path) -> Version | None:
-    """Return the version that a tree states; a checkout states none."""
-    for name, pattern in (
-        ("vllm/_version.py", r"^__version__ = (?:version = )?['\"](.+)['\"]"),
-        ("PKG-INFO", r"^Version: (.+)"),
-    ):
-        text = (root / name).read_text() if (root / name).is_file() else ""
-        if found := re.search(pattern, text, re.MULTILINE):
-            with suppress(InvalidVersion):
-                return Version(found[1].strip())
-    return None
-
-
-def _foreign(files: Files, release: str) -> list[str]:
-    """Return the files that the release does not have, or not so."""
-    blobs = {path: blob_hash(held) if held else held for path, held in files.items()}
-    return [path for path in files if blobs[path] != STOCK[release].get(path)]
-
-
-def _git_apply(files: Files, diffs: dict[str, str], *options: str) -> Files | None:
-    """Return what git makes of files, or None if the diffs do not fit."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-    patch = "".join(diffs.values()).encode()
-    with tempfile.TemporaryDirectory() as scratch:
-        for path, content in files.items():
-            if content is not None:
-                (Path(scratch) / path).parent.mkdir(parents=True, exist_ok=True)
-                (Path(scratch) / path).write_bytes(content)
-        # Inside a repository git apply would say yes and change nothing.
-        environment["GIT_CEILING_DIRECTORIES"] = str(Path(scratch).resolve().parent)
-        command = ["git", "apply", "--whitespace=nowarn", *options]
-        done = subprocess.run(
-            command, cwd=scratch, env=environment, input=patch, capture_output=True
-        )
-        return contents(Path(scratch), files) if done.returncode == 0 else None
 
 
 def _check_writable(file: Path) -> None:
@@ -172,3 +116,83 @@ def _check_writable(file: Path) -> None:
         # Root may write everywhere, and should not where its owner does not.
         if not os.access(place, os.W_OK) or not place.stat().st_mode & stat.S_IWUSR:
             raise UsageError(f"{place} is read-only: make it writable, or copy TREE.")
+
+
+def _write_all(root: Path, files: Files) -> None:
+    """Write, or remove, all files.
+
+    Old and new content is written beside each file first. Then new files take their
+    place, ones that change (vLLM's own, which need the new ones), and ones that go; so
+    that putting all back takes renames only.
+
+    Raises:
+        UsageError: A file could not be written. The tree is as it was, or the message
+            names what is not.
+
+    """
+    before = contents(root, files)
+    changed = [path for path in files if files[path] != before[path]]
+    changed.sort(key=lambda path: (files[path] is None) - (before[path] is None))
+    places = {path: (root / path).resolve() for path in changed}
+    beside = [Path(f"{file}{end}") for file in places.values() for end in (NEW, OLD)]
+    if left := [str(file) for file in beside if file.exists()]:
+        raise UsageError(
+            f"{', '.join(left)} was left by a run that was killed. Look whether vLLM's "
+            "own files are what you want, restore them if not, and remove it."
+        )
+    folders = {p for file in places.values() for p in file.parents if not p.exists()}
+    taken = []
+    try:
+        for path, file in places.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _write_beside(file, OLD, before[path])
+            _write_beside(file, NEW, files[path])
+        for path, file in places.items():
+            taken.append(path)
+            _take_place(file, NEW, files[path])
+    except BaseException as error:
+        # A second signal waits for this.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        for path in taken:
+            with suppress(OSError):
+                _take_place(places[path], OLD, before[path])
+        wrong = [path for path, _ in contents(root, files).items() - before.items()]
+        if not wrong:
+            _remove(beside, folders)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if wrong:
+            raise UsageError(
+                f"{error!r}. These could not be put back: {', '.join(sorted(wrong))}; "
+                f"what they held is in files that end in {OLD}."
+            ) from error
+        if isinstance(error, OSError):
+            raise UsageError(f"{error}. {root} is as it was before.") from error
+        raise
+    _remove(beside, set())
+    for file in (places[path] for path in changed if files[path] is None):
+        cache = file.parent / "__pycache__"
+        _remove(cache.glob(f"{file.stem}.*.pyc"), {cache, *file.parents})
+
+
+def _write_beside(file: Path, end: str, content: bytes | None) -> None:
+    if content is not None:
+        Path(f"{file}{end}").write_bytes(content)
+        if file.exists():
+            shutil.copymode(file, f"{file}{end}")
+
+
+def _take_place(file: Path, end: str, content: bytes | None) -> None:
+    if content is None:
+        file.unlink(missing_ok=True)
+    else:
+        os.replace(f"{file}{end}", file)
+
+
+def _remove(files: Iterable[Path], folders: set[Path]) -> None:
+    """Remove files that are there, and folders that hold nothing."""
+    for file in files:
+        with suppress(OSError):
+            file.unlink()
+    for folder in sorted(folders, reverse=True):
+        with suppress(OSError):
+            folder.rmdir()

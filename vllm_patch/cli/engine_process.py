@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patch import plugin
+from vllm_patch.cli import ENDING_SIGNALS
 
 # What a run needs here and its user may have set otherwise. The CPU ones make
 # several ranks share a small machine; other platforms ignore them.
@@ -28,14 +29,14 @@ ENVIRONMENT = {
 }
 HEARTBEAT_SECONDS = 30
 POLL_SECONDS = 1
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # vLLM logs some errors that it survives as warnings.
 _ERROR_LINE = re.compile(
-    r"^(?!.*\bWARNING\b).*?(?:^|\s)"
-    r"((?:\w+\.)*\w*(?:Error|Exception): .+|Worker proc \S+ died unexpectedly.*)$"
+    r"^(?!.*\bWARNING\b).*?(?:^|[ \t])"
+    r"((?:\w+\.)*\w*(?:Error|Exception): .+|Worker proc \S+ died unexpectedly.*)$",
+    re.MULTILINE,
 )
-_PADDED_LINE = re.compile(r"(FP8 layers cut inside quant blocks: .+)$")
-_OPERATORS_LINE = re.compile(r"(FP8 operators on this CPU: .+)$")
+_PADDED_LINE = re.compile(r"FP8 layers cut inside quant blocks: .+")
+_OPERATORS_LINE = re.compile(r"FP8 operators on this CPU: .+")
 # The machine gave out: -9 is how the kernel ends what takes too much memory.
 _OUTSIDE = re.compile(r"code: -9\b|': -9\b|OutOfMemory|MemoryError|No space left on")
 
@@ -118,12 +119,15 @@ def run(
         scores = json.loads(out.read_text())
     # 0 without scores: they are not whole.
     outside = not in_time or child.returncode in (0, -9) or _OUTSIDE.search(text)
+    errors = _ERROR_LINE.findall(text)
+    errors.append(f"exit code {child.returncode} without an error")
+    error = errors[0] if in_time else f"no result after {timeout:.0f} s"
     return EngineResult(
         scores=scores,
-        error=None if scores else _error(text, in_time, child.returncode, timeout),
+        error=None if scores else error,
         ended_outside=not scores and bool(outside),
-        padding=_first(_PADDED_LINE, text),
-        operators=sorted(set(_found(_OPERATORS_LINE, text))),
+        padding=next(iter(_PADDED_LINE.findall(text)), None),
+        operators=sorted(set(_OPERATORS_LINE.findall(text))),
         seconds=round(time.monotonic() - started, 1),
         peak_bytes=peak_bytes,
     )
@@ -203,7 +207,9 @@ def _wait(
         return False, peak_bytes
     finally:
         # A failed engine can leave workers behind, which hold memory.
-        _kill_session(child)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def say(line: str) -> None:
@@ -222,24 +228,3 @@ def _memory() -> int:
             with contextlib.suppress(psutil.Error):
                 total += each.memory_full_info().pss
     return total
-
-
-def _kill_session(child: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-
-
-def _error(text: str, in_time: bool, returncode: int, timeout: float) -> str:
-    if not in_time:
-        return f"no result after {timeout:.0f} s"
-    return _first(_ERROR_LINE, text) or f"exit code {returncode} without an error"
-
-
-def _first(pattern: re.Pattern, text: str) -> str | None:
-    return next(_found(pattern, text), None)
-
-
-def _found(pattern: re.Pattern, text: str) -> Iterator[str]:
-    found = map(pattern.search, text.splitlines())
-    return (each.group(1) for each in found if each)

@@ -8,8 +8,7 @@ import sys
 import traceback
 
 from vllm_patch import __version__
-from vllm_patch.cli import apply, parity, series, status
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError, apply, parity, series, status
 
 
 def main(argv: list[str] | None = None) -> int:

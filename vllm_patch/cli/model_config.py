@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.block_format import FORMATS, BlockFormat
-from vllm_patch.cli.errors import UsageError
 
 NEEDED = "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"
 EXPERTS = "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"

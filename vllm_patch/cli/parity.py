@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patch import __version__, plugin
-from vllm_patch.cli import engine_process
+from vllm_patch.cli import UsageError, engine_process
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
-from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
-from vllm_patch.cli.parity_runs import Checkpoints, Runs, batches
+from vllm_patch.cli.parity_runs import Runs, batches
 from vllm_patch.cli.parity_verdict import Verdict
 
 DESCRIPTION = """\
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         work = Path(temporary)
         logs = args.logs or work
         logs.mkdir(parents=True, exist_ok=True)
-        processes = runs.processes(Checkpoints(args.model, config, work))
+        processes = runs.processes(work)
         verdict = Verdict(_run_all(processes, config, logs, args.timeout))
     print(verdict.table())
     if args.json:

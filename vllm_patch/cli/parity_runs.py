@@ -2,13 +2,12 @@
 """Which four engines ``parity`` compares, and on which checkpoints."""
 
 import argparse
-import functools
 import random
 from pathlib import Path
 from typing import Any
 
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.engine_process import EngineProcess, say
-from vllm_patch.cli.errors import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
 # Prompts and their tokens, together or each in a call of its own: kernels differ for
@@ -17,36 +16,6 @@ TOGETHER = (8, 96)
 ALONE = (16, 4), (8, 16)
 # One prompt at a time instead of all: the same model, summed in another order.
 ONE_BY_ONE = {"max_num_seqs": 1}
-
-
-class Checkpoints:
-    """The checkpoint of ``--model``, or synthetic ones, written when first asked for.
-
-    Args:
-        given: The folder of ``--model``, or None.
-        config: Its config, or that of the synthetic ones.
-        work: A folder for synthetic ones.
-
-    """
-
-    def __init__(self, given: Path | None, config: ModelConfig, work: Path):
-        self.given, self.config, self.work = given, config, work
-        self._write = functools.cache(self._write)
-
-    def folder(self, widened_for: int | None = None) -> Path:
-        """Return the model, or one widened until that TP size cuts no MLP of it."""
-        return self.given or self._write(widened_for)
-
-    def _write(self, tp: int | None) -> Path:
-        from vllm_patch.cli.synthetic import write_checkpoint
-
-        wide = self.config.widened(tp) if tp else self.config
-        sizes = ", ".join(f"{name} {size}" for name, size in wide.mlp_sizes.items())
-        say(f"writing a synthetic checkpoint: {sizes}")
-        directory = self.work / (f"widened-for-tp-{tp}" if tp else "checkpoint")
-        directory.mkdir()
-        write_checkpoint(self.config, directory, wide)
-        return directory
 
 
 class Runs:
@@ -70,37 +39,39 @@ class Runs:
         self.control_tp = args.control_tp or self._control_tp()
         self._check_measures()
 
-    def processes(self, checkpoints: Checkpoints) -> dict[str, EngineProcess]:
-        """Return the runs in the order they are made; write what they serve."""
-        tp, baseline_tp = self.args.tp, self.baseline_tp
-        baseline, how = self._stock(checkpoints, baseline_tp)
-        runs = {
-            "baseline": EngineProcess(f"stock TP {baseline_tp}{how}", baseline),
-            "control": self._control(checkpoints),
-        }
-        engine = self._engine(checkpoints.folder(), tp)
+    def processes(self, work: Path) -> dict[str, EngineProcess]:
+        """Return the runs in the order they are made.
+
+        Args:
+            work: Where synthetic checkpoints for them are written.
+
+        """
+        tp, baseline_tp, control_tp = self.args.tp, self.baseline_tp, self.control_tp
+        baseline, how = self._stock(work, baseline_tp)
+        control, control_how = self._stock(work, control_tp)
+        if control_tp == baseline_tp:
+            control |= ONE_BY_ONE
+            control_how += ", prompt by prompt"
+        control_label = f"stock TP {control_tp}{control_how} (control)"
+        engine = self._engine(work, tp)
         return {
-            **runs,
+            "baseline": EngineProcess(f"stock TP {baseline_tp}{how}", baseline),
+            "control": EngineProcess(control_label, control),
             "stock": EngineProcess(f"stock TP {tp}", engine),
             "patched": EngineProcess(f"patched TP {tp}", engine, patched=True),
         }
 
-    def _control(self, checkpoints: Checkpoints) -> EngineProcess:
-        engine, how = self._stock(checkpoints, self.control_tp)
-        if self.control_tp == self.baseline_tp:
-            engine, how = {**engine, **ONE_BY_ONE}, f"{how}, prompt by prompt"
-        return EngineProcess(f"stock TP {self.control_tp}{how} (control)", engine)
-
-    def _stock(self, checkpoints: Checkpoints, tp: int) -> tuple[dict[str, Any], str]:
+    def _stock(self, work: Path, tp: int) -> tuple[dict[str, Any], str]:
         """Return an engine that stock serves at ``tp``, and how it comes to."""
         if not self.config.cuts(tp):
-            return self._engine(checkpoints.folder(), tp), ""
-        engine = self._engine(checkpoints.folder(widened_for=tp), tp)
-        if checkpoints.given is None:
-            return engine, ", widened"
-        return {**engine, "enable_expert_parallel": True}, " + expert parallel"
+            return self._engine(work, tp), ""
+        if self.args.model is None:
+            return self._engine(work, tp, widened=True), ", widened"
+        engine = {**self._engine(work, tp), "enable_expert_parallel": True}
+        return engine, " + expert parallel"
 
-    def _engine(self, model: Path, tp: int) -> dict[str, Any]:
+    def _engine(self, work: Path, tp: int, widened: bool = False) -> dict[str, Any]:
+        model = self.args.model or self._synthetic(work, tp if widened else None)
         return {
             "model": str(model),
             "max_model_len": 2 * TOGETHER[1],
@@ -110,6 +81,19 @@ class Runs:
             **self.args.engine_args,
             "tensor_parallel_size": tp,
         }
+
+    def _synthetic(self, work: Path, tp: int | None) -> Path:
+        """Return a checkpoint, or one widened until that TP size cuts no MLP of it."""
+        from vllm_patch.cli.synthetic import write_checkpoint
+
+        directory = work / (f"widened-for-tp-{tp}" if tp else "checkpoint")
+        if not directory.exists():
+            wide = self.config.widened(tp) if tp else self.config
+            sizes = ", ".join(f"{name} {size}" for name, size in wide.mlp_sizes.items())
+            say(f"writing a synthetic checkpoint: {sizes}")
+            directory.mkdir()
+            write_checkpoint(self.config, directory, wide)
+        return directory
 
     def _serves_stock(self, tp: int) -> bool:
         """Whether stock serves the model at ``tp``, in whichever form."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the four runs of ``parity`` amount to, for people and for machines."""
 
-import dataclasses
+from dataclasses import asdict
 from typing import Any
 
 from vllm_patch.cli import comparison
@@ -119,14 +119,11 @@ class Verdict:
 
     def report(self) -> dict[str, Any]:
         """Return the result for machines."""
-        runs = {}
-        for role, (process, result) in self.results.items():
-            gap = self.differences.get(role)
-            runs[role] = {
-                **dataclasses.asdict(process),
-                **dataclasses.asdict(result),
-                "difference": dataclasses.asdict(gap) if gap else None,
-            }
+        gaps = {role: asdict(gap) for role, gap in self.differences.items()}
+        runs = {
+            role: {**asdict(process), **asdict(result), "difference": gaps.get(role)}
+            for role, (process, result) in self.results.items()
+        }
         return {
             "parity": None if self.unjudged else not self.failure,
             "failure": self.unjudged or self.failure,

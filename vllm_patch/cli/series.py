@@ -5,11 +5,22 @@ import argparse
 import re
 from pathlib import Path
 
-from vllm_patch.cli.errors import UsageError
-from vllm_patch.series.diffs import STOCK
-from vllm_patch.series.mails import write_series
+from vllm_patch.cli import UsageError
+from vllm_patch.series.commits import COMMITS
+from vllm_patch.series.diffs import STOCK, changes_of
 
 PLACEHOLDER = "Your Name <you@example.com>"
+MAIL = """\
+From {zeros} Mon Sep 17 00:00:00 2001
+From: {author}
+Date: Sat, 1 Jan 2000 00:00:00 +0000
+Subject: [PATCH {number}/{total}] {subject}
+
+{body}
+Signed-off-by: {author}
+---
+
+{diff}"""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -43,12 +54,27 @@ def run(args: argparse.Namespace) -> int:
     """
     if not re.fullmatch(r"[^<>\n]*[^<>\s] <[^<>\s]+@[^<>\s]+>", args.author):
         raise UsageError(f"--author {args.author!r} must be 'Name <mail@host>'.")
+    files = []
     try:
         if args.folder.exists() and any(args.folder.iterdir()):
             raise UsageError(f"{args.folder} is not empty. Give a new folder.")
-        names = write_series(args.release, args.folder, args.author)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for number, commit in enumerate(COMMITS, 1):
+            subject, _, body = commit.message.partition("\n\n")
+            words = re.sub(r"[^A-Za-z0-9]+", "-", subject).strip("-")[:52].strip("-")
+            mail = MAIL.format(
+                zeros="0" * 40,
+                author=args.author,
+                number=number,
+                total=len(COMMITS),
+                subject=subject,
+                body=body,
+                diff="".join(changes_of(commit, args.release).values()),
+            )
+            files.append(args.folder / f"{number:04}-{words}.patch")
+            # Not write_text(), which ends lines as the platform does.
+            files[-1].write_bytes(mail.encode())
     except OSError as error:
         raise UsageError(f"{error}. Give a folder that can be written.") from error
-    for name in names:
-        print(args.folder / name)
+    print(*files, sep="\n")
     return 0

@@ -38,6 +38,7 @@ def run(_args: argparse.Namespace) -> int:
     for patch in PATCHES:
         print(f"\n{patch.name}: {patch.why}")
         print(f"  replaces  {patch.target}")
+        print(f"  since     vLLM {patch.since}")
         print(f"  until     {patch.until}")
         print(f"  see       {patch.link}")
     return 1 if problem else 0

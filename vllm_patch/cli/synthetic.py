@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_patch.cli.errors import UsageError
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.model_config import ModelConfig
 
 # What "10x between neighbours" multiplies the odd squares of a chequerboard by.

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 
 
-def _with_cut_layers_of(name: str) -> Callable:
+def with_cut_layers(name: str) -> Callable:
     """Return what replaces a config's ``get_quant_method`` by that of a format.
 
     The format is imported with the first layer: it imports what vLLM may still be
@@ -27,10 +27,3 @@ def _with_cut_layers_of(name: str) -> Callable:
         return get_quant_method
 
     return wrapper
-
-
-with_cut_fp8 = _with_cut_layers_of("fp8")
-with_cut_compressed_tensors = _with_cut_layers_of("compressed_tensors")
-with_cut_quark = _with_cut_layers_of("quark")
-with_cut_modelopt = _with_cut_layers_of("modelopt")
-with_cut_inc = _with_cut_layers_of("inc")

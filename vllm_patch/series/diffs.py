@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a commit changes in a release of vLLM, as git's diffs.
 
-Neither the release's tree nor git is needed: new files are ours, and git finds the
-place of a hook by the lines around it.
+Neither the release's tree nor git is needed: new files are ours, and a hook's place is
+found by the lines around it.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from packaging.version import Version
@@ -20,6 +21,11 @@ _INSTALLED = Path(__file__).parent / "tests"
 OUR_TESTS = (
     _INSTALLED if _INSTALLED.is_dir() else PACKAGE.parent / "tests" / "fp8_tp_padding"
 )
+
+# Path in a tree -> content, None where there is no such file.
+Files = dict[str, bytes | None]
+# What stands before the lines of a hunk.
+HUNK = r"^(?:(?:diff --git|---|\+\+\+) .*\n)*@@ .*\n"
 
 # Release -> path -> git's blob hash of each file of vLLM's own that hooks change.
 STOCK: dict[str, dict[str, str]] = json.loads((HOOKS / "stock.json").read_text())
@@ -61,12 +67,36 @@ def changes_of(commit: Commit, release: str) -> dict[str, str]:
     return dict(sorted((hooks_of(commit, release) | new).items()))
 
 
-def changes(release: str) -> dict[str, str]:
-    """Return path -> diffs, of all commits in order."""
-    files: dict[str, str] = {}
-    for commit in COMMITS:
-        for path, diff in changes_of(commit, release).items():
-            files[path] = files.get(path, "") + diff
+def new_contents() -> dict[str, bytes]:
+    """Return path -> content of all files that commits bring."""
+    files = (new_files(commit) for commit in COMMITS)
+    return {p: file.read_bytes() for each in files for p, file in sorted(each.items())}
+
+
+def contents(root: Path, paths: Iterable[str]) -> Files:
+    """Return what files of a tree hold."""
+    files = {path: root / path for path in paths}
+    return {p: f.read_bytes() if f.is_file() else None for p, f in files.items()}
+
+
+def hooked(files: Files, release: str, reverse: bool = False) -> Files | None:
+    """Return files with all hooks put in, or taken out; None if one does not fit.
+
+    A hook fits where a file has the lines that it names, and has them once.
+    """
+    files = dict(files)
+    gone, added = "+-" if reverse else "-+"
+    for commit in reversed(COMMITS) if reverse else COMMITS:
+        for path, diff in hooks_of(commit, release).items():
+            for hunk in re.split(HUNK, diff, flags=re.M)[1:] if path in files else ():
+                lines = hunk.splitlines(keepends=True)
+                old, new = (
+                    "".join(x[1:] for x in lines if x[0] in (" ", sign)).encode()
+                    for sign in (gone, added)
+                )
+                if (files[path] or b"").count(old) != 1:
+                    return None
+                files[path] = files[path].replace(old, new)
     return files
 
 
@@ -84,6 +114,8 @@ def new_file(path: str, content: str) -> str:
     return f"{head}--- /dev/null\n+++ b/{path}\n@@ -0,0 +1{count} @@\n{body}"
 
 
-def blob_hash(content: bytes) -> str:
+def blob_hash(content: bytes | None) -> str | None:
     """Return the hash by which git names a file's content."""
+    if content is None:
+        return None
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -69,13 +69,11 @@ def _experts_error(x: torch.Tensor, draw: torch.Generator) -> float:
     scores = torch.rand(len(x), EXPERTS, generator=draw)
     topk_weights, topk_ids = scores.topk(TOP_K)
     expected = torch.zeros(x.shape)
-    for token, slot in torch.cartesian_prod(torch.arange(len(x)), torch.arange(TOP_K)):
-        expert = topk_ids[token, slot]
-        row = x[token, None].float()
-        gate, up = _product(row, w1[expert], w1_scale[expert]).chunk(2, -1)
+    for expert in range(EXPERTS):
+        gate, up = _product(x.float(), w1[expert], w1_scale[expert]).chunk(2, -1)
         h = torch.nn.functional.silu(gate) * up
-        y = _product(h, w2[expert], w2_scale[expert])[0]
-        expected[token] += topk_weights[token, slot] * y
+        share = (topk_weights * (topk_ids == expert)).sum(-1, keepdim=True)
+        expected += share * _product(h, w2[expert], w2_scale[expert])
     pack = torch.ops._C.convert_weight_packed
     arguments = {
         "out": torch.empty_like(x),

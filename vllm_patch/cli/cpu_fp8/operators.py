@@ -3,6 +3,7 @@
 
 import logging
 from types import ModuleType
+from unittest import mock
 
 import wrapt
 
@@ -17,8 +18,6 @@ CHECKS = {
 }
 # Only loggers below "vllm" have a handler in vLLM's processes.
 logger = logging.getLogger("vllm.vllm_patch")
-
-
 # Who multiplies FP8 weights on a CPU without AMX, for people.
 UNCHECKED = "vLLM's own, which run without AMX; only its check for AMX is left out"
 PLAIN_TORCH = "plain torch: vLLM has none for this CPU"
@@ -53,8 +52,7 @@ def _define(custom_ops: ModuleType) -> None:
     """Say what this process takes; define what it lacks."""
     import torch
 
-    chosen = choose()
-    if not chosen:
+    if not (chosen := choose()):
         return
     missing = [name for name in NAMES if not hasattr(torch.ops._C, name)]
     if chosen == PLAIN_TORCH:
@@ -79,11 +77,5 @@ def _answer(module: ModuleType) -> None:
 
 
 def _with_amx(check, _instance, args, kwargs):
-    from torch import cpu
-
-    asked = cpu._is_amx_tile_supported
-    cpu._is_amx_tile_supported = lambda: True
-    try:
+    with mock.patch("torch.cpu._is_amx_tile_supported", return_value=True):
         return check(*args, **kwargs)
-    finally:
-        cpu._is_amx_tile_supported = asked
