@@ -113,9 +113,11 @@ Issue: https://github.com/vllm-project/vllm/issues/52997
             "test_columns.py",
             "test_dependent_launch.py",
             "test_input_quant.py",
+            "test_linear_binaries.py",
             "test_linear_forward.py",
             "test_linear_loading.py",
             "test_linear_properties.py",
+            "triton_keys.py",
         ),
     ),
     Commit(
@@ -142,6 +144,11 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
             "kernels/tile_choice.py",
             "kernels/configs/*.json",
         ),
-        tests=("test_expert_store.py", "test_masked_moe.py", "test_tiles.py"),
+        tests=(
+            "test_expert_store.py",
+            "test_masked_moe.py",
+            "test_masked_warmup.py",
+            "test_tiles.py",
+        ),
     ),
 )
