@@ -16,6 +16,9 @@ the L2 cache; a time is the median of its replays, divided by its calls.
 ``--check-only`` checks more instead: every rank, odd ones first, and a routing that
 leaves most experts without tokens.
 
+``--no-compile`` calls ours with the most tokens first, as an engine starts, and then
+with 1, 2, 3 and so on, while vLLM's monitor makes an error of each compilation.
+
 Exits with 1 if ours is farther from an fp32 reference that rounds where it rounds than
 TOLERATED_ERROR in 128 columns or TOLERATED_TOKEN in a token's row, if a replayed graph
 of it differs from a call in a single bit, or if a layer fails that stock does not
@@ -30,6 +33,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
 
 import torch
 
@@ -50,6 +54,7 @@ TOLERATED_ERROR = 2**-6
 TOLERATED_TOKEN = 2**-3
 # Fewer tokens are drawn again, so that one code does not decide.
 AVERAGED_TOKENS = 64
+NO_COMPILE_TOKENS = (16384,)
 TIMED_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 CHECKED_TOKENS = (1, 2, 17, 64, 1000)
 ROUTINGS = 8
@@ -87,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         run.start(args.budget)
         _start_workspace(run.device)
+        if args.no_compile:
+            _check_compilations(run, chosen(CASES, args))
+            return run.exit_status()
         if not args.check_only:
             run.limits = _limits(run.device)
         for case in chosen(CASES, args):
@@ -98,9 +106,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of("moe", __doc__)
     add = parser.add_argument
     add("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
+    add("--no-compile", action="store_true", help="nothing compiles after the start")
     add("--budget", type=float, default=540.0, help="seconds for the whole command")
     args = parsed(parser, argv)
-    args.tokens = args.tokens or (CHECKED_TOKENS if args.check_only else TIMED_TOKENS)
+    default = CHECKED_TOKENS if args.check_only else TIMED_TOKENS
+    args.tokens = args.tokens or (NO_COMPILE_TOKENS if args.no_compile else default)
     return args
 
 
@@ -270,6 +280,51 @@ def _inputs(
     generator = torch.Generator(run.device).manual_seed(tokens + (seed << 20))
     x = normal(tokens, case.hidden, generator=generator, dtype=torch.bfloat16)
     return x, [routing(case, tokens, generator) for _ in range(count)]
+
+
+# -- compilation --------------------------------------------------------------
+
+
+def _check_compilations(run: Run, cases: list[Case]) -> None:
+    """Start all layers, then call them with any number of tokens up to the most."""
+    from vllm.utils import jit_monitor
+
+    calls = {case.name: _started(run, case) for case in cases}
+    jit_monitor.activate(mode="error")
+    for name, call in calls.items():
+        for tokens in range(1, max(run.tokens) + 1):
+            if error := _compilation(call, tokens):
+                run.problem(f"{name}, {tokens} tokens: {error}")
+        if not _compilation(call, 1, ids=torch.int64):
+            run.problem(f"{name}: the monitor missed the kernels for other ids")
+        run.checked += 1
+
+
+def _started(run: Run, case: Case) -> Callable[..., torch.Tensor]:
+    """Return a layer's calls by tokens and dtype of ids, after one of the most."""
+    layer = Layer(case, implementations(case)["ours"], seed=0, device=run.device)
+    most = max(run.tokens)
+    x, (routing,) = _inputs(run, case, most, count=1)
+
+    def call(tokens: int, ids: torch.dtype = torch.int32) -> torch.Tensor:
+        routed = Routing(routing.weights[:tokens], routing.ids[:tokens].to(ids))
+        with layer.rank(), torch.inference_mode():
+            return layer(x[:tokens], routed)
+
+    started = monotonic()
+    call(most)
+    seconds = monotonic() - started
+    print(f"{case.name}: first call, {most} tokens, {seconds:.1f} s", flush=True)
+    return call
+
+
+def _compilation(call: Callable[..., torch.Tensor], *args, **kwargs) -> str | None:
+    """Return what a call compiles first, or None."""
+    try:
+        call(*args, **kwargs)
+    except RuntimeError as error:
+        return first_line(error)
+    return None
 
 
 # -- time ---------------------------------------------------------------------

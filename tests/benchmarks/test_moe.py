@@ -212,3 +212,37 @@ def test_tokens_without_experts_must_be_zero():
     expected[1] = 0
     assert worst_token(expected, expected) == 0
     assert worst_token(expected + 1e-6, expected) > 1
+
+
+@pytest.mark.parametrize("compiles", [(), (3,), (3, 5)])
+def test_compilations_after_the_start(monkeypatch, plugin, capsys, compiles):
+    """Each is a problem; so is a monitor that lets other kernels pass."""
+    from vllm.utils import jit_monitor
+
+    calls, active = [], []
+    monkeypatch.setattr(jit_monitor, "activate", lambda mode: active.append(mode))
+
+    def call(layer, x, routing):
+        calls.append(len(x))
+        is_other = routing.ids.dtype == torch.int64
+        if active and (len(x) in compiles or is_other):
+            raise RuntimeError("Triton kernel JIT compilation")
+
+    monkeypatch.setattr(moe, "CASES", [CASE])
+    monkeypatch.setattr(Layer, "__call__", call)
+    arguments = ["--no-compile", "--check-only", "--tokens", "6"]
+    assert moe.main(arguments) == bool(compiles)
+    assert calls == [6, 1, 2, 3, 4, 5, 6, 1] and active == ["error"]
+    out = capsys.readouterr().out
+    assert out.count("PROBLEM") == len(compiles)
+    for tokens in compiles:
+        assert f"{tokens} tokens: RuntimeError: Triton kernel JIT" in out
+
+
+def test_a_monitor_that_sees_nothing_is_a_problem(monkeypatch, plugin, capsys):
+    from vllm.utils import jit_monitor
+
+    monkeypatch.setattr(jit_monitor, "activate", lambda mode: None)
+    monkeypatch.setattr(moe, "CASES", [CASE])
+    assert moe.main(["--no-compile", "--check-only", "--tokens", "2"]) == 1
+    assert "the monitor missed" in capsys.readouterr().out

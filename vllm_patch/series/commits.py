@@ -81,9 +81,11 @@ COMMITS = (
             "test_columns.py",
             "test_dependent_launch.py",
             "test_input_quant.py",
+            "test_linear_binaries.py",
             "test_linear_forward.py",
             "test_linear_loading.py",
             "test_linear_properties.py",
+            "triton_keys.py",
         ),
     ),
     Commit(
@@ -96,6 +98,11 @@ COMMITS = (
             "kernels/tile_choice.py",
             "kernels/configs/*.json",
         ),
-        tests=("test_expert_store.py", "test_masked_moe.py", "test_tiles.py"),
+        tests=(
+            "test_expert_store.py",
+            "test_masked_moe.py",
+            "test_masked_warmup.py",
+            "test_tiles.py",
+        ),
     ),
 )

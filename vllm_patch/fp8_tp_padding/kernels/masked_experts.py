@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from ..slices.shard import block_shard
 from .fp8_quant import BLOCK
 from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
+from .masked_warmup import warm_up
 from .tile_choice import tiles_for
 
 # The kernels hold a rank's activations in registers.
@@ -43,6 +44,8 @@ class MaskedTritonExperts(TritonExperts):
         self.block_shard = block_shard(
             moe_config.intermediate_size, BLOCK, moe_config.tp_rank, moe_config.tp_size
         )
+        # Up to as many, no call compiles anything.
+        self._warm_tokens = 0
 
     @staticmethod
     def is_supported_config(
@@ -142,20 +145,21 @@ class MaskedTritonExperts(TritonExperts):
         assert hidden_states.is_contiguous(), "Hidden_states must be contiguous"
         assert hidden_states.shape[-1] == w1.shape[2], "Hidden size mismatch"
         num_tokens, hidden = hidden_states.shape
-        plan = self._plan(
-            num_tokens, topk_ids.shape[1], hidden, w1.shape[0], output.dtype
-        )
-        plan.run(
+        sizes = topk_ids.shape[1], hidden, w1.shape[0], output.dtype
+        call = (
             output,
-            hidden_states,
+            _aligned(hidden_states),
             Weights(w1, w2, self.w1_scale, self.w2_scale),
             Routing(
-                topk_weights.contiguous(),
-                topk_ids.contiguous(),
+                _aligned(topk_weights),
+                _aligned(topk_ids),
                 not apply_router_weight_on_input,
             ),
             workspace2,
         )
+        if num_tokens > self._warm_tokens:
+            self._warm_tokens = warm_up(lambda n: self._plan(n, *sizes), *call)
+        self._plan(num_tokens, *sizes).run(*call)
 
     def _plan(
         self, tokens: int, top_k: int, hidden: int, experts: int, dtype: torch.dtype
@@ -163,3 +167,12 @@ class MaskedTritonExperts(TritonExperts):
         shard = self.block_shard
         tiles = tiles_for(tokens, top_k, experts, hidden, shard)
         return plan_for(Problem(tokens, top_k, hidden, experts, shard, dtype), tiles)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``, contiguous and on a multiple of 16 bytes, copied if need be.
+
+    For one that is not, Triton would compile each kernel once more.
+    """
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()

@@ -7,6 +7,7 @@ multiply by gate and up; then the first has down sum a token's experts as it goe
 the second, which sorts pairs by expert beforehand, writes each pair's output and sums.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -222,6 +223,11 @@ class PairPlan(_Plan):
 
     tiles: PairTiles
 
+    @property
+    def variant(self) -> Hashable:
+        """Plans of one geometry that are alike in this launch the same binaries."""
+        return self.tiles
+
     def _launch(self, call: _Call) -> None:
         nothing = {"counts_ptr": None, "EXPERTS": 0, "BINS": 0, "CHUNK": 0}
         self._prepare(call, chunks=0, **nothing)
@@ -296,6 +302,16 @@ class SortedPlan(_Plan):
         return triton.cdiv(self.problem.num_pairs, self.chunk)
 
     @property
+    def variant(self) -> Hashable:
+        """As of ``PairPlan``."""
+        return self.tiles, self.chunk, self._chunks_bound
+
+    @property
+    def _chunks_bound(self) -> int:
+        """``chunks``, rounded up to one of two values: each is a variant."""
+        return 1 if self.chunks == 1 else MAX_CHUNKS
+
+    @property
     def _counting(self) -> dict[str, int]:
         return {
             "EXPERTS": self.problem.num_experts,
@@ -318,8 +334,7 @@ class SortedPlan(_Plan):
             topk_ids_ptr=call.routing.ids,
             num_pairs=self.problem.num_pairs,
             chunks=self.chunks,
-            # Two variants of the kernel, so that none compiles in the middle of things.
-            CHUNKS=1 if self.chunks == 1 else MAX_CHUNKS,
+            CHUNKS=self._chunks_bound,
             BLOCK_M=self.tiles.block_m,
             **pointers,
             **self._counting,
