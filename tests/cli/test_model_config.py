@@ -202,12 +202,13 @@ def test_what_is_no_config(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        (None, "has quant_method = None and weight_block_size = None"),
+        (None, "has quant_method = None and no FP8 blocks"),
         ({"quant_method": "awq"}, "has quant_method = 'awq'"),
-        ({"quant_method": "fp8"}, "weight_block_size = None; parity needs"),
+        ({"quant_method": "fp8"}, "has quant_method = 'fp8' and no FP8 blocks"),
+        ({"quant_method": "quark"}, "has quant_method = 'quark' and no FP8 blocks"),
         (
             {"quant_method": "fp8", "weight_block_size": [128, 64]},
-            r"weight_block_size = \[128, 64\]; blocks must be square",
+            r"has quant blocks of \[128, 64\]; blocks must be square",
         ),
     ],
 )

@@ -3,9 +3,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class BlockFormat:
     scale: str = "weight_scale"
     scale_dims: int = 2
 
-    def stored(self, scale: torch.Tensor) -> torch.Tensor:
+    def stored(self, scale: "torch.Tensor") -> "torch.Tensor":
         """Return scales ``[row blocks, column blocks]`` as the format stores them."""
         return scale[:, None, :, None] if self.scale_dims == 4 else scale
 
