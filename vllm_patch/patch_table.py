@@ -78,6 +78,23 @@ def _format_row(
     )
 
 
+def _adapter_row(
+    name: str, function: str, parameter: str, wrapper: str, why: str, until: str
+) -> Patch:
+    """Return the row of a function that slices LoRA adapters of experts."""
+    return Patch(
+        name=name,
+        module="vllm.lora.layers.fused_moe",
+        attribute=function,
+        wrapper=f"vllm_patch.fp8_tp_padding.loading.adapter_slices:{wrapper}",
+        parameters=("self", parameter),
+        why=why,
+        link=ISSUE,
+        until=until,
+        without="with LoRA, experts that are cut inside a quant block stay stock",
+    )
+
+
 PATCHES = (
     Patch(
         name="env-var",
@@ -132,6 +149,30 @@ PATCHES = (
         link=ISSUE,
         until="vLLM's Triton experts take columns that are cut inside a quant block",
         without="experts are padded, and not multiplied by masked kernels",
+    ),
+    _adapter_row(
+        "lora-gate-up",
+        "FusedMoEWithLoRA._slice_w13_b",
+        "w13_lora_b",
+        "gate_or_up",
+        "LoRA adapters of padded experts lie where the weights' columns do",
+        "vLLM slices adapters by the layout of the weights",
+    ),
+    _adapter_row(
+        "lora-gate-and-up",
+        "FusedMoE3DWithLoRA._slice_w13_b",
+        "w13_lora_b",
+        "gate_and_up",
+        "likewise, gate and up in one tensor",
+        "as above",
+    ),
+    _adapter_row(
+        "lora-down",
+        "FusedMoEWithLoRA._slice_w2_a",
+        "w2_lora_a",
+        "down",
+        "likewise, down",
+        "as above",
     ),
 )
 
