@@ -51,9 +51,13 @@ Fp8MoEMethod that uses it.
 Layers whose size keeps blocks whole get Fp8MoEMethod as before.
 VLLM_FP8_TP_PADDING=off goes back to that for all layers.
 
+LoRA adapters of such experts are cut like the weights: decorators of the
+three functions that slice them put a rank's columns where the weights are.
+
 Where vLLM has it, this takes the place of whole-block shards for explicit
 backends (pad_tp_shard_to_weight_blocks), which leave the last ranks empty.
-Refined blocks stay for layers that are not padded, such as those with LoRA.
+Refined blocks stay for layers that are not padded, such as those of a hidden
+size that is not of whole blocks.
 
 Issue: https://github.com/vllm-project/vllm/issues/17569
 """,
@@ -63,6 +67,7 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
             "slices/shard.py",
             "slices/window.py",
             "loading/__init__.py",
+            "loading/adapter_slices.py",
             "loading/sliced_tensor.py",
             "loading/expert_loader.py",
             "methods/__init__.py",
@@ -77,6 +82,7 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
             "moe_reference.py",
             "tensor_parallel.py",
             "test_expert_errors.py",
+            "test_lora.py",
             "test_moe_forward.py",
             "test_moe_loading.py",
             "test_shard.py",
@@ -115,7 +121,9 @@ Issue: https://github.com/vllm-project/vllm/issues/52997
             "test_input_quant.py",
             "test_linear_forward.py",
             "test_linear_loading.py",
+            "test_linear_lora.py",
             "test_linear_properties.py",
+            "test_marlin.py",
         ),
     ),
     Commit(
