@@ -73,6 +73,20 @@ def _format_row(
     )
 
 
+def _adapter_row(function: str, parameter: str, wrapper: str, of: str) -> Patch:
+    """Return the row of a function that slices LoRA adapters of experts."""
+    return Patch(
+        name=f"lora-{wrapper}".replace("_", "-"),
+        module="vllm.lora.layers.fused_moe",
+        attribute=function,
+        wrapper=wrappers.with_adapter_slices(wrapper),
+        parameters=("self", parameter),
+        why=f"a padded expert's LoRA adapter of {of} lies where the weight's columns do",
+        until="vLLM slices adapters by the layout of the weights",
+        without="with LoRA, experts that are cut inside a quant block stay stock",
+    )
+
+
 PATCHES = (
     Patch(
         name="env-var",
@@ -118,6 +132,16 @@ PATCHES = (
         until="vLLM's Triton experts take columns that are cut inside a quant block",
         without="experts are padded, and not multiplied by masked kernels",
     ),
+    _adapter_row(
+        "FusedMoEWithLoRA._slice_w13_b", "w13_lora_b", "gate_or_up", "gate or up"
+    ),
+    _adapter_row(
+        "FusedMoE3DWithLoRA._slice_w13_b",
+        "w13_lora_b",
+        "gate_and_up",
+        "gate and up in one",
+    ),
+    _adapter_row("FusedMoEWithLoRA._slice_w2_a", "w2_lora_a", "down", "down"),
 )
 
 # Row name -> (original, replacement) while the row is applied.

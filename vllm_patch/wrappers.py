@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The replacements that the patch table names: each gets the original to call.
 
-What vLLM makes of a layer decides whether it is replaced.
+Those of quantization configs are in ``formats``.
 """
 
 import functools
@@ -36,3 +36,14 @@ def with_masked_experts(stock: Callable) -> Callable:
         return [MaskedTritonExperts, *kernels]
 
     return backend_to_kernel_cls
+
+
+def with_adapter_slices(projection: str) -> Callable:
+    """Return what replaces vLLM's slicing of adapters of padded experts."""
+
+    def wrapper(stock: Callable) -> Callable:
+        from vllm_patch.fp8_tp_padding.loading import adapter_slices
+
+        return getattr(adapter_slices, projection)(stock)
+
+    return wrapper

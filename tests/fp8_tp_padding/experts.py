@@ -100,7 +100,13 @@ def vllm_version() -> tuple[int, int]:
     return tuple(int(part) for part in vllm.__version__.split(".")[:2])
 
 
-def build(
+def build(*args, **kwargs):
+    """Return vLLM's expert layer for one rank; takes what ``runner`` takes."""
+    made = runner(*args, **kwargs)
+    return getattr(made, "routed_experts", made)
+
+
+def runner(
     total: int,
     tp_size: int,
     rank: int,
@@ -115,7 +121,7 @@ def build(
     quant_config=None,
     **kwargs,
 ):
-    """Return vLLM's expert layer for one rank, from its own factory.
+    """Return what vLLM's own factory makes for one rank, and runs experts.
 
     Args:
         total: Intermediate size of one expert, over all ranks.
@@ -142,7 +148,7 @@ def build(
         config.parallel_config.enable_expert_parallel = expert_parallel
         if lora:
             config.lora_config = LoRAConfig()
-        layer = factory(
+        return factory(
             num_experts=experts,
             top_k=min(2, experts),
             hidden_size=hidden,
@@ -160,7 +166,6 @@ def build(
             prefix=PREFIX,
             **kwargs,
         )
-    return getattr(layer, "routed_experts", layer)
 
 
 def poison(layer: torch.nn.Module) -> None:

@@ -167,28 +167,3 @@ def test_column_parallel_layers_launch_it_once(monkeypatch, has_bias):
     y = layer.quant_method.apply(layer, x, layer.bias)
     ((_, _, _, total, bias),) = seen
     assert total == y.shape[-1] == 80 and bias is layer.bias
-
-
-def test_marlin_leaves_the_bias_and_widths_of_padded_columns_alone(monkeypatch):
-    """It wants a bias as wide as the padded output, to permute it."""
-    from vllm.model_executor.kernels import linear
-    from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8
-    from vllm.platforms import current_platform
-
-    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS[current_platform._enum]
-    others = [kernel.__name__ for kernel in kernels if "Marlin" not in kernel.__name__]
-    monkeypatch.setenv("VLLM_DISABLED_KERNELS", ",".join(others))
-    # 0.26 to 0.28 ask for this on GPUs that compute in FP8.
-    monkeypatch.setenv("VLLM_TEST_FORCE_FP8_MARLIN", "1")
-    monkeypatch.setattr(
-        marlin_utils_fp8.ops, "gptq_marlin_repack", lambda b_q_weight, **_: b_q_weight
-    )
-    sizes = {"input_size": HIDDEN, "output_size": 640}
-    layer = build("ColumnParallelLinear", 8, 1, **sizes)
-    assert layer.quant_method.use_marlin
-    load(layer, {None: matrix(640, HIDDEN, seed=0)})
-    layer.bias.weight_loader(layer.bias, torch.arange(640.0))
-    layer.quant_method.process_weights_after_loading(layer)
-    assert layer.bias.tolist() == list(range(80, 160))
-    # Models may read the sizes of the shards; Marlin reads the sizes of all.
-    assert layer.logical_widths == [80] and layer.output_size_per_partition == 256

@@ -85,6 +85,8 @@ class MaskedTritonExperts(TritonExperts):
             return "masked kernels do not clamp the activation"
         if moe.has_bias:
             return "masked kernels add no biases"
+        if moe.is_lora_enabled:
+            return "masked kernels take no LoRA adapters"
         if moe.moe_parallel_config.dp_size > 1:
             return "masked kernels quantize after the dispatch, not before it"
         if envs.VLLM_BATCH_INVARIANT:

@@ -50,6 +50,18 @@ def cut_linear_method(
     return CutFp8LinearMethod.made_of(Fp8LinearMethod(quant_config), layout)
 
 
+class PaddedLayer:
+    """A layer to a kernel that reads the sizes of its weight from it."""
+
+    def __init__(self, layer: torch.nn.Module, columns: int, rows: int):
+        self._layer = layer
+        self.input_size_per_partition = columns
+        self.output_size_per_partition = rows
+
+    def __getattr__(self, name: str):
+        return getattr(self._layer, name)
+
+
 class CutLinear:
     """What methods for cut layers have in common, beside one of vLLM's own.
 
@@ -122,7 +134,13 @@ class CutLinear:
     def _choose_kernel(self, layer: torch.nn.Module, inputs: Window) -> None:
         """Decide where inputs are padded: while they are quantized, or before."""
         self._pad = None
-        self._quantizing = quantizing_kernel(self.chosen_kernel(layer), inputs)
+        kernel = self.chosen_kernel(layer)
+        self._padded_sizes = None
+        if isinstance(kernel, MarlinFP8ScaledMMLinearKernel):
+            # It takes its sizes from the layer, where LoRA reads the real ones.
+            rows = sum(window.span for window in self.layout.output_windows())
+            self._padded_sizes = inputs.span, rows
+        self._quantizing = quantizing_kernel(kernel, inputs)
         if self._quantizing is not None:
             quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
             self._quantizing.quant_fp8 = quant_fp8
@@ -132,15 +150,15 @@ class CutLinear:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         engagement.report(layer.tp_rank)
         self._tensors.check_loaded(layer)
-        if isinstance(self.chosen_kernel(layer), MarlinFP8ScaledMMLinearKernel):
-            # Marlin takes its sizes from the layer, now and in each call.
-            rows = sum(window.span for window in self.layout.output_windows())
-            self._set_sizes(layer, self.layout.input_window().span, rows)
+        real = layer.input_size_per_partition, layer.output_size_per_partition
+        if self._padded_sizes is not None:
+            self._set_sizes(layer, *self._padded_sizes)
         bias = layer.bias
         if not self.layout.pads_input:
             # Marlin would permute it for the padded output; apply() adds it later.
             layer.bias = None
         super().process_weights_after_loading(layer)
+        self._set_sizes(layer, *real)
         if not self.layout.pads_input:
             layer.bias = bias
 
@@ -162,6 +180,8 @@ class CutLinear:
         """
         if self._pad is not None:
             x = self._pad(x)
+        if self._padded_sizes is not None:
+            layer = PaddedLayer(layer, *self._padded_sizes)
         is_stock = torch.compiler.is_compiling() and not self.layout.pads_input
         if self._quantizing is None or is_stock:
             return super().apply(layer, x, bias)
