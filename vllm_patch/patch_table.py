@@ -81,7 +81,7 @@ def _adapter_row(function: str, parameter: str, wrapper: str, of: str) -> Patch:
         attribute=function,
         wrapper=wrappers.with_adapter_slices(wrapper),
         parameters=("self", parameter),
-        why=f"a padded expert's LoRA adapter of {of} lies where the weight's columns do",
+        why=f"LoRA adapters of padded experts' {of} lie where the weights do",
         until="vLLM slices adapters by the layout of the weights",
         without="with LoRA, experts that are cut inside a quant block stay stock",
     )
