@@ -9,6 +9,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from pypi_simple import PyPISimple
@@ -28,7 +29,9 @@ WANTED = (
 def fetch(release: str) -> Path:
     """Return the folder that holds ``vllm/`` of a release, fetched if need be."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    tree = cache / "vllm-patch" / f"vllm-{release}"
+    # What an earlier commit wanted may be less.
+    kind = f"{zlib.crc32(repr(WANTED).encode()):08x}"
+    tree = cache / "vllm-patch" / kind / f"vllm-{release}"
     if (tree / WANTED[-1]).is_file():
         return tree
     tree.parent.mkdir(parents=True, exist_ok=True)
