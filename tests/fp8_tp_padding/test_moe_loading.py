@@ -3,6 +3,7 @@
 """Experts on the real vLLM classes: what the padded parameters hold."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,6 +267,30 @@ def test_dummy_weights_need_no_checkpoint():
     for param in layer.parameters():
         param.data.view(torch.uint8).fill_(1)
     experts.process(layer, 8, 1)
+
+
+@pytest.mark.parametrize("saved_as", ["padded", "auto"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_sharded_state_must_be_of_the_same_store(monkeypatch, saved_as, rank):
+    """VLLM copies what it finds to the start of a larger parameter."""
+    load_config = SimpleNamespace(load_format="sharded_state")
+    config = SimpleNamespace(load_config=load_config)
+    monkeypatch.setattr(sliced_tensor, "get_current_vllm_config", lambda: config)
+    layer = build(1536, 8, rank)
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", saved_as)
+    saved = build(1536, 8, rank)
+    load(saved, Checkpoint.random(1536))
+    for name, param in layer.named_parameters():
+        param.data.view(torch.uint8).fill_(1)
+        part = param.data
+        for dim, size in enumerate(getattr(saved, name).shape):
+            part = part.narrow(dim, 0, size)
+        part.copy_(getattr(saved, name).data)
+    if saved_as == "padded":
+        experts.process(layer, 8, rank)
+        return
+    with pytest.raises(ValueError, match="weights where the padding of this rank"):
+        experts.process(layer, 8, rank)
 
 
 def test_sparse_updates_keep_what_is_nan():

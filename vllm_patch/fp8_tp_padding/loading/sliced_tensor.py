@@ -13,6 +13,8 @@ from typing import Literal, NoReturn
 
 import torch
 
+from vllm.config import get_current_vllm_config
+
 from ..slices.window import Window
 
 
@@ -56,6 +58,18 @@ class SlicedTensor:
         for dim, window in enumerate(self.windows):
             tensor = window.cut(tensor, dim)
         self.slot(data).copy_(tensor)
+
+    def has_clean_padding(self, data: torch.Tensor) -> bool:
+        """Whether all outside the slice is zero, in a parameter or in all experts'."""
+        first = data.ndim - len(self.windows)
+        slot = data.narrow(first, self.offset, self.windows[0].span)
+        for dim, window in enumerate(self.windows, first):
+            end = window.lead + window.size
+            before = slot.narrow(dim, 0, window.lead)
+            after = slot.narrow(dim, end, window.span - end)
+            if any(part.float().any() for part in (before, after)):
+                return False
+        return True
 
     def problem(self, value: torch.Tensor, dtype: torch.dtype) -> str | None:
         """Return why ``value`` cannot be this tensor of the checkpoint, or None."""
@@ -132,6 +146,7 @@ class SlicedTensors:
         )
         self._loaded: set[tuple[SlicedTensor, int | None]] = set()
         self._refused = False
+        self._load_format = str(get_current_vllm_config().load_config.load_format)
 
     def of(self, parameter: str) -> dict[str | int, SlicedTensor]:
         """Return the tensors of a parameter by shard, in the order of their slots."""
@@ -172,13 +187,16 @@ class SlicedTensors:
     def check_loaded(self, layer: torch.nn.Module) -> None:
         """Raise ValueError if a load left out a tensor or brought an impossible scale.
 
-        There is nothing to check where weights came without the loaders (dummy
-        weights, sharded state). Scales are looked at once they are all there and not
-        one by one, because vLLM's sparse updates mark unchanged ones with NaN.
+        Where weights came without the loaders, dummy weights are as they are, and a
+        sharded state has to be one of such slices. Scales are looked at once they are
+        all there and not one by one, because vLLM's sparse updates mark unchanged ones
+        with NaN.
         """
         loaded, self._loaded = self._loaded, set()
         refused, self._refused = self._refused, False
         if not loaded and not refused:
+            if "sharded" in self._load_format:
+                self._check_padding(layer)
             return
         self._check_complete(loaded)
         for tensor in self.tensors:
@@ -190,6 +208,16 @@ class SlicedTensors:
             elif _first_bad(data.narrow(1, tensor.offset, tensor.windows[0].span)):
                 for expert in self.experts:
                     tensor.check_scales(self.layer, data[expert], expert)
+
+    def _check_padding(self, layer: torch.nn.Module) -> None:
+        for tensor in self.tensors:
+            if not tensor.has_clean_padding(getattr(layer, tensor.parameter).data):
+                raise ValueError(
+                    f"{self.layer}: {tensor.parameter} of a sharded state has weights "
+                    "where the padding of this rank should be: it was saved with "
+                    "another VLLM_FP8_TP_PADDING or without this padding. Load it as "
+                    "it was saved, or save it again from the original checkpoint."
+                )
 
     def _check_complete(self, loaded: set[tuple[SlicedTensor, int | None]]) -> None:
         needed = [t for t in self.tensors if t.kind != "bias"]
