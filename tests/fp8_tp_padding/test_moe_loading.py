@@ -3,6 +3,7 @@
 """Experts on the real vLLM classes: what the padded parameters hold."""
 
 import dataclasses
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,38 @@ def test_vllm_reloads_layer_by_layer():
         reload.finalize_layerwise_reload(model, config.model_config)
     assert same(stored(layer), stored(fresh))
     assert addresses == {name: p.data_ptr() for name, p in layer.named_parameters()}
+
+
+def test_reloads_keep_nothing():
+    """Twenty updates, as reinforcement learning makes them for days."""
+    from vllm.model_executor.model_loader import reload
+
+    model, checkpoint = torch.nn.Module(), Checkpoint.random(384)
+    layer = model.experts = build(384, 2, 1)
+    reload.record_metadata_for_reloading(model)
+    load(layer, checkpoint)
+    experts.process(layer, 2, 1)
+    alive = []
+    for _ in range(20):
+        with experts.rank_of(2, 1) as config:
+            reload.initialize_layerwise_reload(model)
+            load(layer, checkpoint)
+            reload.finalize_layerwise_reload(model, config.model_config)
+        gc.collect()
+        alive.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    assert alive[-1] == alive[1]
+
+
+def test_an_update_that_misses_a_tensor_is_noticed_each_time():
+    layer, checkpoint = build(384, 2, 1), Checkpoint.random(384)
+    for _ in range(2):
+        load(layer, checkpoint)
+        experts.process(layer, 2, 1)
+    del checkpoint.weights["w2"]
+    for _ in range(2):
+        load(layer, checkpoint)
+        with pytest.raises(ValueError, match="w2_weight of expert 0 .w2. is missing"):
+            experts.process(layer, 2, 1)
 
 
 @pytest.mark.parametrize(("total", "tp_size", "rank"), LEADING)
