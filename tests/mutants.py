@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "loading: adapters lie at the start of their buffers",
-        "loading/adapter_slices.py",
+        "loading/lora_slices.py",
         "window.cut(part, dim)",
         "window.without_padding().cut(part, dim)",
     ),

@@ -86,7 +86,7 @@ def _adapter_row(
         name=name,
         module="vllm.lora.layers.fused_moe",
         attribute=function,
-        wrapper=f"vllm_patch.fp8_tp_padding.loading.adapter_slices:{wrapper}",
+        wrapper=f"vllm_patch.fp8_tp_padding.loading.lora_slices:{wrapper}",
         parameters=("self", parameter),
         why=why,
         link=ISSUE,

@@ -67,7 +67,7 @@ Issue: https://github.com/vllm-project/vllm/issues/17569
             "slices/shard.py",
             "slices/window.py",
             "loading/__init__.py",
-            "loading/adapter_slices.py",
+            "loading/lora_slices.py",
             "loading/sliced_tensor.py",
             "loading/expert_loader.py",
             "methods/__init__.py",
