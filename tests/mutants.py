@@ -187,6 +187,12 @@ MUTANTS = (
         "SlicedTensor(name, len(outputs) - 1 - index, kind",
     ),
     Mutant(
+        "loading: adapters lie at the start of their buffers",
+        "loading/lora_slices.py",
+        "window.cut(part, dim)",
+        "window.without_padding().cut(part, dim)",
+    ),
+    Mutant(
         "quantizing: scales are a bit too large",
         "kernels/fp8_quant.py",
         "tl.maximum(absmax, _EPS), _FP8_MAX",

@@ -79,7 +79,7 @@ def _adapter_row(function: str, parameter: str, wrapper: str, of: str) -> Patch:
         name=f"lora-{wrapper}".replace("_", "-"),
         module="vllm.lora.layers.fused_moe",
         attribute=function,
-        wrapper=wrappers.with_adapter_slices(wrapper),
+        wrapper=wrappers.with_lora_slices(wrapper),
         parameters=("self", parameter),
         why=f"LoRA adapters of padded experts' {of} lie where the weights do",
         until="vLLM slices adapters by the layout of the weights",

@@ -38,12 +38,12 @@ def with_masked_experts(stock: Callable) -> Callable:
     return backend_to_kernel_cls
 
 
-def with_adapter_slices(projection: str) -> Callable:
+def with_lora_slices(projection: str) -> Callable:
     """Return what replaces vLLM's slicing of adapters of padded experts."""
 
     def wrapper(stock: Callable) -> Callable:
-        from vllm_patch.fp8_tp_padding.loading import adapter_slices
+        from vllm_patch.fp8_tp_padding.loading import lora_slices
 
-        return getattr(adapter_slices, projection)(stock)
+        return getattr(lora_slices, projection)(stock)
 
     return wrapper

@@ -46,7 +46,7 @@ COMMITS = (
             "slices/shard.py",
             "slices/window.py",
             "loading/__init__.py",
-            "loading/adapter_slices.py",
+            "loading/lora_slices.py",
             "loading/sliced_tensor.py",
             "loading/expert_loader.py",
             "methods/__init__.py",

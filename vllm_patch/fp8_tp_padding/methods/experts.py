@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 
-from ..loading import adapter_slices
+from ..loading import lora_slices
 from ..loading.expert_loader import expert_loader, fit
 from ..loading.sliced_tensor import SlicedTensor, SlicedTensors
 from ..slices.shard import BlockShard, block_shard
@@ -79,7 +79,7 @@ def _obstacle(blocks: list[int], layer: RoutedExperts) -> str | None:
         return "the blocks are not square"
     if moe.hidden_dim % block_k != 0:
         return f"hidden size {moe.hidden_dim} is not a multiple of {block_k} either"
-    if moe.is_lora_enabled and not adapter_slices.are_cut():
+    if moe.is_lora_enabled and not lora_slices.are_cut():
         return "LoRA adapters do not know about the padding"
     if not moe.is_act_and_mul and not hasattr(moe, "w13_num_shards"):
         return "this release has no block-FP8 experts without a gate projection"
