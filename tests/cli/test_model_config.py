@@ -176,6 +176,13 @@ def test_sizes_that_are_not_known_are_refused(tmp_path, fields, changes, message
         ModelConfig.read(write(tmp_path, {**fields, **changes}))
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size"])
+def test_sizes_that_are_not_there_are_refused(tmp_path, fields, name):
+    del fields[name]
+    with pytest.raises(UsageError, match=f"has {name} = None; give a number"):
+        ModelConfig.read(write(tmp_path, fields))
+
+
 def test_layers_are_cut_with_their_types(tmp_path, fields):
     fields["layer_types"] = ["full_attention", "linear_attention"]
     config = ModelConfig.read(write(tmp_path, fields))

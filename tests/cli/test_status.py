@@ -3,6 +3,7 @@
 import pytest
 
 from vllm_patch import plugin
+from vllm_patch.cli import status
 from vllm_patch.cli.main import main
 
 
@@ -17,6 +18,23 @@ def test_the_table(capsys):
     out = capsys.readouterr().out
     assert "active      yes, in every vLLM process" in out
     assert "Fp8Config.get_quant_method" in out
+
+
+def test_rows_that_this_vllm_does_not_have(capsys, monkeypatch):
+    monkeypatch.setattr(status, "_vllm_version", lambda: "0.28.0 (vllm)")
+    main(["status"])
+    out = capsys.readouterr().out
+    assert "not in this vLLM: vLLM 0.30.0 is the first that has it" in out
+    assert "QuarkConfig" not in out
+    assert "CompressedTensorsConfig" in out
+
+
+def test_an_inactive_plugin_replaces_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
+    assert main(["status"]) == 1
+    out = capsys.readouterr().out
+    assert "  would replace  vllm.model_executor" in out
+    assert "  replaces" not in out
 
 
 @pytest.mark.parametrize(

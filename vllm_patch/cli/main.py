@@ -18,10 +18,13 @@ def main(argv: list[str] | None = None) -> int:
         description="Run block-FP8 models in vLLM at any tensor-parallel size.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     for module in (parity, status, apply, series):
         module.add_parser(commands)
     args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     # As Ctrl-C does: what runs is ended, what is temporary is removed.
     for number in (signal.SIGTERM, signal.SIGHUP):
         # nohup ignores the latter.

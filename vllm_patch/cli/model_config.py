@@ -201,12 +201,15 @@ class ModelConfig:
                 f"{self.path} has quant blocks of {block}; blocks must be square."
             )
 
-    def _check_sizes(self) -> None:
-        """Refuse what would be judged by sizes that are not there or not known."""
-        sizes = {name: self.text.get(name) for name in NEEDED} | self.mlp_sizes
+    def _check_numbers(self, sizes: dict[str, Any]) -> None:
         for name, size in sizes.items():
             if not isinstance(size, int) or size <= 0:
                 raise UsageError(f"{self.path} has {name} = {size!r}; give a number.")
+
+    def _check_sizes(self) -> None:
+        """Refuse what would be judged by sizes that are not there or not known."""
+        self._check_numbers({name: self.text.get(name) for name in NEEDED})
+        self._check_numbers(self.mlp_sizes)
         known = {*self._mlp_fields, "intermediate_size"}
         unknown = [
             f"{name} = {size}"

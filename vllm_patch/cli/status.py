@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 
 from vllm_patch import __version__, patch_table, plugin, releases
-from vllm_patch.patch_table import PATCHES, UnexpectedTarget
+from vllm_patch.patch_table import PATCHES, Patch, UnexpectedTarget
 from vllm_patch.wrappers import MODES, OFF, VARIABLE
 
 
@@ -20,11 +20,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(_args: argparse.Namespace) -> int:
     """Print versions and the patch table; return 0 if vLLM will pad layers."""
-    problem = _problem()
+    problem, padding = _problem(), plugin.built_in()
     active = f"no: {problem}" if problem else "yes, in every vLLM process"
     if not problem and _mode() != MODES[0]:
         active += f" ({VARIABLE}={_mode()})"
-    if not problem and (padding := plugin.built_in()):
+    if not problem and padding:
         active = f"not needed: {padding}, so the plugin stands down"
     rows = [
         ("vllm-patch", __version__),
@@ -36,12 +36,19 @@ def run(_args: argparse.Namespace) -> int:
     for name, value in rows:
         print(f"{name:<12}{value}")
     for patch in PATCHES:
-        print(f"\n{patch.name}: {patch.why}")
-        print(f"  replaces  {patch.target}")
-        print(f"  since     vLLM {patch.since}")
-        print(f"  until     {patch.until}")
-        print(f"  see       {patch.link}")
+        _print(patch, is_replaced=not (problem or padding))
     return 1 if problem else 0
+
+
+def _print(patch: Patch, is_replaced: bool) -> None:
+    print(f"\n{patch.name}: {patch.why}")
+    version = _vllm_version().partition(" ")[0]
+    if version[0].isdigit() and not patch.is_of(version):
+        print(f"  not in this vLLM: vLLM {patch.since} is the first that has it")
+        return
+    print(f"  {'replaces' if is_replaced else 'would replace'}  {patch.target}")
+    print(f"  until     {patch.until}")
+    print(f"  see       {patch.link}")
 
 
 def _problem() -> str | None:
