@@ -125,7 +125,9 @@ def _on_import(patch: Patch, _module) -> None:
 
 @functools.cache
 def _stand_down(padding: str) -> None:
-    _warn(f"vllm_patch stands down: {padding}. The plugin can be uninstalled.")
+    _warn(
+        f"vllm_patch stands down: {padding}. That pads plain FP8 and no other format."
+    )
 
 
 def _stay_stock(problem: str) -> None:

@@ -101,6 +101,6 @@ FORMATS = {
         "inc",
         lambda: copy.deepcopy(INC),
         scale="weight_scale_inv",
-        cut_linear="INCLinearMethod",
+        cut_linear="CutFp8LinearMethod",
     ),
 }

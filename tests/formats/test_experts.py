@@ -9,6 +9,8 @@ from tests.fp8_tp_padding.moe_reference import reference
 from tests.fp8_tp_padding.tensor_parallel import rank_of
 from tests.fp8_tp_padding.test_moe_forward import EXPERTS, HIDDEN, TOKENS, routing
 
+from .configs import FORMATS
+
 # A block and a half; five blocks on eight ranks, straddled; eleven, odd leads.
 TOTALS = (1536, 640, 1408)
 TP = 8
@@ -90,11 +92,8 @@ def test_sizes_that_keep_blocks_whole_are_stock(of_experts):
 
 def test_stock_refuses_them(of_experts, monkeypatch):
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
-    try:
-        layer = build(of_experts, 640, TP, 1)
-    except (ValueError, NotImplementedError):
-        return
-    assert layer.quant_method.weight_block_size != [BLOCK, BLOCK], "then it refines"
+    with pytest.raises((ValueError, NotImplementedError), match="divisible|NONE|block"):
+        build(of_experts, 640, TP, 1)
 
 
 def test_experts_that_are_not_quantized_are_stock(of_experts, monkeypatch):
@@ -124,23 +123,40 @@ def test_a_missing_scale_is_named(of_experts):
         experts.process(layer, TP, 1)
 
 
-def test_formats_that_nobody_pads_are_named(plugin, padding_log):
-    """MXFP8 experts of 80 columns: two and a half groups."""
-    from vllm_patch.formats.checkpoint_format import CheckpointFormat
+@pytest.mark.parametrize(("tp_size", "is_cut"), [(TP, True), (4, False)])
+@pytest.mark.parametrize("with_blocks", [True, False])
+def test_groups_that_nobody_pads_are_named(
+    plugin, padding_log, monkeypatch, tp_size, is_cut, with_blocks
+):
+    """MXFP8 experts of 80 columns, also beside other layers in FP8 blocks."""
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8FusedMoE
+    from vllm_patch.formats import checkpoint_format
 
-    class SomeMxfp8MoEMethod:
-        pass
+    said = []
+    monkeypatch.setattr(
+        checkpoint_format.logger, "warning_once", lambda text, *args: said.append(args)
+    )
+    layer = experts.build(640, tp_size, 1)
+    mxfp8 = checkpoint_format.CheckpointFormat(
+        lambda _: [BLOCK, BLOCK] if with_blocks else None, lambda _: None, None
+    )
+    stock = object.__new__(ModelOptMxFp8FusedMoE)
+    assert mxfp8.quant_method(lambda *_: stock, None, layer, "experts") is stock
+    named = (640, tp_size, 640 // tp_size, 32, "ModelOptMxFp8FusedMoE")
+    assert said == ([named] if is_cut else [])
 
-    layer = experts.build(640, TP, 1)
-    layer.moe_config.fp8_tp_shard = None
-    mxfp8 = CheckpointFormat(lambda _: None, lambda _: None, lambda _, method: method)
-    for tp_size, warns in ((TP, True), (4, False)):
-        padding_log().clear()
-        layer = experts.build(640, tp_size, 1)
-        method = mxfp8.quant_method(
-            lambda *_: SomeMxfp8MoEMethod(), None, layer, "experts"
-        )
-        assert isinstance(method, SomeMxfp8MoEMethod)
-        lines = [r.getMessage() for r in padding_log()]
-        said = any("80 columns cut the groups of 32 of SomeMxfp8" in x for x in lines)
-        assert said or not warns
+
+def test_vllm_does_not_see_cut_sizes_where_nothing_is_in_blocks(plugin):
+    """A mixed config always says which blocks it would have."""
+    mixed = FORMATS["modelopt-mixed"]
+    if not mixed.is_in_release:
+        pytest.skip("this release has no modelopt-mixed in FP8 blocks")
+
+    def without_blocks():
+        config = mixed.quant_config()
+        config.quantized_layers = {"other": {"quant_algo": "NVFP4"}}
+        return config
+
+    layer = experts.build(1536, TP, 1, quant_config=without_blocks)
+    assert layer.moe_config.intermediate_size_per_partition == 192
+    assert not hasattr(layer.moe_config, "fp8_tp_shard")

@@ -164,8 +164,6 @@ def test_ranks_hold_an_adapter_where_their_weights_are(name, total):
 
 def dummy(lora):
     """Return factors that vLLM warms up with: zeros, in sizes of its buffers."""
-    size = lora.intermediate_size_per_partition
-    if type(lora).__name__ == "FusedMoE3DWithLoRA":
-        size *= TP
+    size = TP * lora.intermediate_size_per_partition
     pairs = adapter(size).items()
     return {n: (torch.zeros_like(a), torch.zeros_like(b)) for n, (a, b) in pairs}

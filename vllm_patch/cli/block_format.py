@@ -33,9 +33,10 @@ class BlockFormat:
 
 
 def _compressed_tensors(quantization: dict[str, Any]) -> list[int] | None:
-    weights = [g["weights"] for g in quantization.get("config_groups", {}).values()]
-    blocks = [w.get("block_structure") for w in weights if w.get("type") == "float"]
-    return next(filter(None, blocks), None)
+    groups = quantization.get("config_groups", {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    fp8 = [w for w in weights if (w.get("type"), w.get("num_bits")) == ("float", 8)]
+    return next((w["block_structure"] for w in fp8 if w.get("block_structure")), None)
 
 
 def _quark(quantization: dict[str, Any]) -> list[int] | None:

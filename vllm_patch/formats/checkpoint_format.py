@@ -12,7 +12,7 @@ logger = init_logger("vllm.fp8_tp_padding")
 # The only ones that vLLM has kernels for, but for plain FP8.
 BLOCKS = [128, 128]
 # Part of a method's name -> elements of a group of its weights along an output's sum.
-GROUPS = {"mxfp": 32, "nvfp4": 16}
+GROUPS = {"mxfp": 32, "ocp_mx": 32, "nvfp4": 16}
 
 
 def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):
@@ -68,21 +68,20 @@ class CheckpointFormat:
 
         blocks, moe = self.blocks(config), layer.moe_config
         if not experts.is_cut(blocks, moe):
-            method = stock(config, layer, prefix)
-            _warn_of_cut_groups(method, moe)
-            return method
+            return _stock_experts(stock, config, layer, prefix)
         # Only vLLM knows whether it quantizes this layer, and it may refuse the
         # cut size before it says so: ask it about the padded one.
         with experts.cut_sizes(blocks, moe):
             method = stock(config, layer, prefix)
         extended = self.experts(method)
         if extended is None or experts.is_left_to_stock(blocks, layer):
-            return stock(config, layer, prefix)
+            return _stock_experts(stock, config, layer, prefix)
         return extended.made_of(method, layer)
 
 
-def _warn_of_cut_groups(method, moe) -> None:
-    """Say which formats nobody pads, where vLLM's own error may not."""
+def _stock_experts(stock: Callable, config, layer, prefix) -> Any:
+    """Return vLLM's method; say if it cuts groups, which nobody pads."""
+    method, moe = stock(config, layer, prefix), layer.moe_config
     name = type(method).__name__.lower()
     size = moe.intermediate_size // moe.tp_size
     for part, group in GROUPS.items():
@@ -96,3 +95,4 @@ def _warn_of_cut_groups(method, moe) -> None:
                 group,
                 type(method).__name__,
             )
+    return method

@@ -25,6 +25,10 @@ class CutModelOptLinearMethod(CutLinear, ModelOptLinearMethod):
     def chosen_kernel(self, layer):
         return self.kernel
 
+    def multiplied(self, kernel, layer, x, bias):
+        """Trimmed where the output's last block is partial."""
+        return self.fmt.apply(layer, x, bias, kernel.apply_weights)
+
     def sliced_tensors(self) -> list[SlicedTensor]:
         """Scales are ``[output blocks, 1, input blocks, 1]``."""
         one = Window.whole(1)
@@ -39,7 +43,9 @@ class CutModelOptLinearMethod(CutLinear, ModelOptLinearMethod):
 def blocks(config) -> list[int] | None:
     """Only a mixed config has experts in blocks, which it describes as plain FP8."""
     of_experts = getattr(config, "fp8_block_config", None)
-    return of_experts and of_experts.weight_block_size
+    if of_experts is None or not config.has_blocked_weights():
+        return None
+    return of_experts.weight_block_size
 
 
 def linear(layer, method):

@@ -192,7 +192,8 @@ class CutExperts:
             params_dtype,
             **extra_weight_attrs,
         )
-        sliced = self._sliced_tensors(hidden_size)
+        has_biases = getattr(layer, "w13_bias", None) is not None
+        sliced = self._sliced_tensors(hidden_size, has_biases)
         self._tensors = SlicedTensors(layer.layer_name, sliced, num_experts)
         stock_loader = extra_weight_attrs["weight_loader"]
         for name in {tensor.parameter: None for tensor in sliced}:
@@ -208,7 +209,7 @@ class CutExperts:
         self._tensors.check_loaded(layer)
         super().process_weights_after_loading(layer)
 
-    def _sliced_tensors(self, hidden_size: int) -> list[SlicedTensor]:
+    def _sliced_tensors(self, hidden_size: int, has_biases: bool) -> list[SlicedTensor]:
         total, block = self.moe.intermediate_size, self.weight_block_size[0]
         columns = Window.of_elements(self.block_shard, total)
         if self.store == Compact():
@@ -224,7 +225,7 @@ class CutExperts:
                 Window.whole(hidden_size // block),
             ),
         ]
-        if self.moe.has_bias:
+        if has_biases:
             # Ranks are summed, so the bias of down counts on one of them.
             mine = hidden_size if self.moe.tp_rank == 0 else 0
             down = Window(hidden_size, 0, mine, 0, hidden_size)

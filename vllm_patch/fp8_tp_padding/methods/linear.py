@@ -185,7 +185,11 @@ class CutLinear:
         is_stock = torch.compiler.is_compiling() and not self.layout.pads_input
         if self._quantizing is None or is_stock:
             return super().apply(layer, x, bias)
-        return self._quantizing.apply_weights(layer, x, bias)
+        return self.multiplied(self._quantizing, layer, x, bias)
+
+    def multiplied(self, kernel, layer, x, bias) -> torch.Tensor:
+        """Return the product by a kernel, as vLLM's method calls one."""
+        return kernel.apply_weights(layer, x, bias)
 
     def _record(self, layer: torch.nn.Module) -> None:
         rows, columns = layer.weight.shape
