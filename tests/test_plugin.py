@@ -294,7 +294,7 @@ def test_the_plugin_stands_down_in_a_patched_vllm(patched_vllm):
     where = patched_vllm / FOLDER
     assert line == (
         f"vllm_patch stands down: this vLLM has the padding built in, in {where}. "
-        "That pads plain FP8 and no other format."
+        "That pads plain FP8 only."
     )
     assert not wrapped
     assert mode == "auto"

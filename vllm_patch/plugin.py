@@ -125,9 +125,7 @@ def _on_import(patch: Patch, _module) -> None:
 
 @functools.cache
 def _stand_down(padding: str) -> None:
-    _warn(
-        f"vllm_patch stands down: {padding}. That pads plain FP8 and no other format."
-    )
+    _warn(f"vllm_patch stands down: {padding}. That pads plain FP8 only.")
 
 
 def _stay_stock(problem: str) -> None:

@@ -23,8 +23,8 @@ SUPPORTED = (
 def is_supported(vllm_version: str) -> bool:
     """Whether a version string, local part aside (``0.32.0+cpu``), is supported.
 
-    So is a later patch release (``0.33.1``), untested: if a target of the patch table has
-    other parameters there, vLLM stays stock.
+    So is a later patch release (``0.33.1``), untested: if a target of the patch table
+    has other parameters there, vLLM stays stock.
     """
     try:
         version = Version(vllm_version)
