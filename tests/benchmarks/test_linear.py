@@ -2,7 +2,6 @@
 
 import csv
 import io
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +10,8 @@ from benchmarks import linear
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, of_fp8_values
 from benchmarks.run import Rows
+from tests.formats.configs import FORMATS
 
-MODELS = Path(__file__).parent.parent / "models"
-FORMATS = [
-    MODELS / "qwen3_moe_1536_compressed_tensors.json",
-    MODELS / "qwen3_moe_1536_quark.json",
-    MODELS / "qwen3_2432_modelopt.json",
-]
 CASES = [
     # 96 per rank: the second one straddles two blocks.
     Case("gate_up", MERGED, 256, (384, 384), tp_size=4),
@@ -40,9 +34,11 @@ def test_padded_layers_pass(check):
     assert check() == 0
 
 
-@pytest.mark.parametrize("config", FORMATS, ids=lambda config: config.stem)
-def test_padded_layers_of_other_formats_pass(check, config):
-    assert check("--config", str(config)) == 0
+@pytest.mark.parametrize("name", ["compressed-tensors", "quark", "modelopt"])
+def test_padded_layers_of_other_formats_pass(check, name):
+    if not FORMATS[name].is_in_release:
+        pytest.skip(f"this release has no {name} in FP8 blocks")
+    assert check("--config", str(FORMATS[name].path)) == 0
 
 
 def test_a_lead_of_zero_does_not_pass(check, monkeypatch, capsys):

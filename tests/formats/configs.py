@@ -28,18 +28,13 @@ INC = {
 }
 
 
-def of_model(name: str) -> dict:
-    """Return what the config.json of a model that parity is run on says."""
-    return json.loads((MODELS / f"{name}.json").read_text())["quantization_config"]
-
-
 @dataclass(frozen=True)
 class Format:
     """A format as these tests know it.
 
     Attributes:
         row: Its row in the patch table.
-        config: What its config.json says.
+        source: What its config.json says, or the file in ``MODELS``.
         scale: What the name of a weight's scales ends with.
         cut_linear: Class of ours for linear layers.
         cut_experts: Class of ours for experts.
@@ -48,7 +43,7 @@ class Format:
     """
 
     row: str
-    config: Callable[[], dict]
+    source: dict | str
     scale: str = "weight_scale"
     cut_linear: str = ""
     cut_experts: str = ""
@@ -65,6 +60,15 @@ class Format:
         )
 
     @property
+    def path(self) -> Path:
+        return MODELS / f"{self.source}.json"
+
+    def config(self) -> dict:
+        if isinstance(self.source, dict):
+            return copy.deepcopy(self.source)
+        return json.loads(self.path.read_text())["quantization_config"]
+
+    @property
     def is_in_release(self) -> bool:
         import vllm
 
@@ -75,31 +79,31 @@ class Format:
 FORMATS = {
     "compressed-tensors": Format(
         "compressed-tensors",
-        lambda: of_model("qwen3_moe_1536_compressed_tensors"),
+        "qwen3_moe_1536_compressed_tensors",
         cut_linear="CutCompressedTensorsLinearMethod",
         cut_experts="CutCompressedTensorsMoEMethod",
     ),
     "quark": Format(
         "quark",
-        lambda: of_model("qwen3_moe_1536_quark"),
+        "qwen3_moe_1536_quark",
         cut_linear="CutQuarkLinearMethod",
         cut_experts="CutQuarkMoEMethod",
     ),
     "modelopt": Format(
         "modelopt",
-        lambda: of_model("qwen3_2432_modelopt"),
+        "qwen3_2432_modelopt",
         cut_linear="CutModelOptLinearMethod",
         shape=lambda scale: scale[:, None, :, None],
     ),
     "modelopt-mixed": Format(
         "modelopt-mixed",
-        lambda: copy.deepcopy(MIXED),
+        MIXED,
         scale="weight_scale_inv",
         cut_experts="CutFp8MoEMethod",
     ),
     "inc": Format(
         "inc",
-        lambda: copy.deepcopy(INC),
+        INC,
         scale="weight_scale_inv",
         cut_linear="CutFp8LinearMethod",
     ),
