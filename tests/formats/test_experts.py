@@ -7,7 +7,14 @@ from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, Checkpoint, padded, poison
 from tests.fp8_tp_padding.moe_reference import reference
 from tests.fp8_tp_padding.tensor_parallel import rank_of
-from tests.fp8_tp_padding.test_moe_forward import EXPERTS, HIDDEN, TOKENS, routing
+from tests.fp8_tp_padding.test_moe_forward import (
+    EXPERTS,
+    HIDDEN,
+    TOKENS,
+    routing,
+    through_stock_kernels,
+    through_the_method,
+)
 
 from .configs import FORMATS
 
@@ -68,23 +75,6 @@ def test_ranks_sum_to_the_reference(of_experts, monkeypatch, total, store):
     reference(checkpoint, total, TP, *inputs).check(summed)
 
 
-def through_the_method(layer, x, weights, ids):
-    output = layer.quant_method.apply(
-        layer, x, weights.clone(), ids.clone(), None, None
-    )
-    return output[0] if isinstance(output, tuple) else output
-
-
-def through_stock_kernels(layer, x, weights, ids):
-    """In float32: the method would have them round to bfloat16 in between."""
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
-
-    config = layer.quant_method.moe_quant_config
-    return fused_experts(
-        x, layer.w13_weight, layer.w2_weight, weights, ids, quant_config=config
-    )
-
-
 def test_sizes_that_keep_blocks_whole_are_stock(of_experts):
     layer = build(of_experts, 1024, TP, 1)
     assert not type(layer.quant_method).__module__.startswith("vllm_patch")
@@ -138,7 +128,7 @@ def test_groups_that_nobody_pads_are_named(
     )
     layer = experts.build(640, tp_size, 1)
     mxfp8 = checkpoint_format.CheckpointFormat(
-        lambda _: [BLOCK, BLOCK] if with_blocks else None, lambda _: None, None
+        lambda _: [BLOCK, BLOCK] if with_blocks else None, {}, None
     )
     stock = object.__new__(ModelOptMxFp8FusedMoE)
     assert mxfp8.quant_method(lambda *_: stock, None, layer, "experts") is stock

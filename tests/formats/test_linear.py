@@ -5,7 +5,7 @@ import torch
 
 from tests.fp8_tp_padding.exact import activations, matrix
 from tests.fp8_tp_padding.experts import poison
-from tests.fp8_tp_padding.test_linear_forward import pad_to_blocks, padded, rows_of
+from tests.fp8_tp_padding.test_linear_forward import of_columns, rows_of
 from tests.fp8_tp_padding.test_linear_loading import (
     HIDDEN,
     build,
@@ -70,10 +70,7 @@ def test_row_parallel_sums_to_the_whole(of_linear, total, rows):
         layer = built(of_linear, "RowParallelLinear", rank, **sizes)
         load(of_linear, layer, {None: (weight, scale)})
         mine = rows_of(total, rank)
-        alone = torch.zeros(3, total).index_copy_(
-            1, torch.arange(total)[mine], x[:, mine]
-        )
-        expected += linear_reference(pad_to_blocks(alone), *padded(weight, scale))
+        expected += of_columns(mine, x, weight, scale)
         summed += run(layer, x[:, mine], TP, rank)
     assert torch.equal(summed, expected)
 

@@ -85,13 +85,16 @@ def test_row_parallel_sums_to_the_whole(total):
         load(layer, {None: (weight, scale)})
         layer.bias.weight_loader(layer.bias, bias)
         mine = rows_of(total, rank)
-        # The groups are those of the checkpoint's grid, of this rank's columns.
-        alone = torch.zeros(3, total).index_copy_(
-            1, torch.arange(total)[mine], x[:, mine]
-        )
-        expected += linear_reference(pad_to_blocks(alone), *padded(weight, scale))
+        expected += of_columns(mine, x, weight, scale)
         summed += run(layer, x[:, mine], TP, rank)
     assert torch.equal(summed, expected)
+
+
+def of_columns(mine: slice, x, weight, scale):
+    """Return what these columns are worth, in groups of the checkpoint's grid."""
+    alone = torch.zeros_like(x)
+    alone[:, mine] = x[:, mine]
+    return linear_reference(pad_to_blocks(alone), *padded(weight, scale))
 
 
 def pad_to_blocks(tensor):

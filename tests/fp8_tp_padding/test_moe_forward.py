@@ -61,8 +61,6 @@ def test_ranks_sum_to_the_reference_with_biases(padded_store):
 
 
 def sum_of_ranks(checkpoint, total, tp_size, inputs, biases=None):
-    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
-
     x, weights, ids = inputs
     summed = torch.zeros(TOKENS, HIDDEN)
     for rank in range(tp_size):
@@ -83,15 +81,18 @@ def sum_of_ranks(checkpoint, total, tp_size, inputs, biases=None):
                 experts.load_tensor(layer, name, bias, shard, expert)
         experts.process(layer, tp_size, rank, torch.float32)
         with experts.rank_of(tp_size, rank, torch.float32):
-            summed += fused_experts(
-                x,
-                layer.w13_weight,
-                layer.w2_weight,
-                weights,
-                ids,
-                quant_config=layer.quant_method.moe_quant_config,
-            )
+            summed += through_stock_kernels(layer, x, weights, ids)
     return summed
+
+
+def through_stock_kernels(layer, x, weights, ids):
+    """In float32: the method would have them round to bfloat16 in between."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+    config = layer.quant_method.moe_quant_config
+    return fused_experts(
+        x, layer.w13_weight, layer.w2_weight, weights, ids, quant_config=config
+    )
 
 
 def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
@@ -100,10 +101,14 @@ def layer_output(total, tp_size, rank, checkpoint, x, weights, ids):
     load(layer, checkpoint)
     experts.process(layer, tp_size, rank)
     with experts.rank_of(tp_size, rank):
-        output = layer.quant_method.apply(
-            layer, x.bfloat16(), weights.clone(), ids.clone(), None, None
-        )
-    return (output[0] if isinstance(output, tuple) else output).float()
+        return through_the_method(layer, x.bfloat16(), weights, ids).float()
+
+
+def through_the_method(layer, x, weights, ids):
+    output = layer.quant_method.apply(
+        layer, x, weights.clone(), ids.clone(), None, None
+    )
+    return output[0] if isinstance(output, tuple) else output
 
 
 def share_of_stock_error() -> float:

@@ -20,7 +20,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(_args: argparse.Namespace) -> int:
     """Print versions and the patch table; return 0 if vLLM will pad layers."""
-    problem, padding = _problem(), plugin.built_in()
+    problem, padding, installed = _problem(), plugin.built_in(), _vllm_version()
     active = f"no: {problem}" if problem else "yes, in every vLLM process"
     if not problem and _mode() != MODES[0]:
         active += f" ({VARIABLE}={_mode()})"
@@ -28,7 +28,7 @@ def run(_args: argparse.Namespace) -> int:
         active = f"not needed: {padding}, so the plugin stands down"
     rows = [
         ("vllm-patch", __version__),
-        ("vLLM", _vllm_version()),
+        ("vLLM", installed),
         ("supported", f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"),
         ("Python", platform.python_version()),
         ("active", active),
@@ -36,13 +36,13 @@ def run(_args: argparse.Namespace) -> int:
     for name, value in rows:
         print(f"{name:<12}{value}")
     for patch in PATCHES:
-        _print(patch, is_replaced=not (problem or padding))
+        _print(patch, installed, is_replaced=not (problem or padding))
     return 1 if problem else 0
 
 
-def _print(patch: Patch, is_replaced: bool) -> None:
+def _print(patch: Patch, installed: str, is_replaced: bool) -> None:
     print(f"\n{patch.name}: {patch.why}")
-    version = _vllm_version().partition(" ")[0]
+    version = installed.partition(" ")[0]
     if version[0].isdigit() and not patch.is_of(version):
         print(f"  not in this vLLM: vLLM {patch.since} is the first that has it")
         return

@@ -31,6 +31,24 @@ def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):
     return method if layout is None else extended.made_of(method, layout)
 
 
+def linear_of_schemes(stock: type, extended: type, *schemes: type) -> Callable:
+    """Return a format's ``linear`` where vLLM keeps a scheme on each layer.
+
+    Args:
+        stock: vLLM's class of methods, which call the scheme.
+        extended: The class of ours that extends it.
+        schemes: Those that have quant blocks.
+
+    """
+
+    def linear(layer, method):
+        if type(method) is not stock or type(layer.scheme) not in schemes:
+            return method
+        return cut_or_stock(extended, method, layer.scheme.weight_block_size, layer)
+
+    return linear
+
+
 @dataclass(frozen=True)
 class CheckpointFormat:
     """How cut layers of one of vLLM's quantization configs get methods of ours.
@@ -38,15 +56,15 @@ class CheckpointFormat:
     Attributes:
         blocks: Takes the config; returns the quant blocks that its experts have if they
             have any, else None.
-        experts: Takes the method that vLLM made for experts; returns the class of ours
-            that extends it, or None if it is not of this format.
+        experts: vLLM's class of methods for such experts -> the class of ours that
+            extends it.
         linear: Takes a linear layer and vLLM's method for it; returns what becomes of
             that, which is itself where the layer is not cut.
 
     """
 
     blocks: Callable[[Any], Sequence[int] | None]
-    experts: Callable[[Any], type | None]
+    experts: dict[type, type]
     linear: Callable[[Any, Any], Any]
 
     def quant_method(self, stock: Callable, config, layer, prefix) -> Any:
@@ -73,8 +91,9 @@ class CheckpointFormat:
         # cut size before it says so: ask it about the padded one.
         with experts.cut_sizes(blocks, moe):
             method = stock(config, layer, prefix)
-        extended = self.experts(method)
-        if extended is None or experts.is_left_to_stock(blocks, layer):
+        extended = self.experts.get(type(method))
+        is_of_format = extended is not None and method.weight_block_size == blocks
+        if not is_of_format or experts.is_left_to_stock(blocks, layer):
             return _stock_experts(stock, config, layer, prefix)
         return extended.made_of(method, layer)
 

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
 from vllm_patch.fp8_tp_padding.methods.experts import CutExperts
 from vllm_patch.fp8_tp_padding.methods.linear import CutLinear
 
-from .checkpoint_format import BLOCKS, CheckpointFormat, cut_or_stock
+from .checkpoint_format import BLOCKS, CheckpointFormat, linear_of_schemes
 
 
 class CutCompressedTensorsMoEMethod(CutExperts, CompressedTensorsW8A8Fp8MoEMethod):
@@ -41,20 +41,13 @@ def blocks(config) -> list[int] | None:
     return BLOCKS if config.has_blocked_weights() else None
 
 
-def experts(method) -> type[CutExperts] | None:
-    is_fp8 = type(method) is CompressedTensorsW8A8Fp8MoEMethod
-    if is_fp8 and method.weight_block_size == BLOCKS:
-        return CutCompressedTensorsMoEMethod
-    return None
-
-
-def linear(layer, method):
-    if type(method) is not CompressedTensorsLinearMethod:
-        return method
-    if type(layer.scheme) not in (CompressedTensorsW8A8Fp8, CompressedTensorsW8A16Fp8):
-        return method
-    of_scheme = layer.scheme.weight_block_size
-    return cut_or_stock(CutCompressedTensorsLinearMethod, method, of_scheme, layer)
-
-
-FORMAT = CheckpointFormat(blocks, experts, linear)
+FORMAT = CheckpointFormat(
+    blocks,
+    experts={CompressedTensorsW8A8Fp8MoEMethod: CutCompressedTensorsMoEMethod},
+    linear=linear_of_schemes(
+        CompressedTensorsLinearMethod,
+        CutCompressedTensorsLinearMethod,
+        CompressedTensorsW8A8Fp8,
+        CompressedTensorsW8A16Fp8,
+    ),
+)

@@ -7,9 +7,7 @@ from vllm_patch.fp8_tp_padding.methods.linear import CutFp8LinearMethod
 
 from .checkpoint_format import CheckpointFormat, cut_or_stock
 
-
-def experts(method) -> type[CutFp8MoEMethod] | None:
-    return CutFp8MoEMethod if type(method) is Fp8MoEMethod else None
+EXPERTS = {Fp8MoEMethod: CutFp8MoEMethod}
 
 
 def linear(layer, method):
@@ -19,4 +17,4 @@ def linear(layer, method):
     return cut_or_stock(CutFp8LinearMethod, method, blocks, layer)
 
 
-FORMAT = CheckpointFormat(lambda config: config.weight_block_size, experts, linear)
+FORMAT = CheckpointFormat(lambda config: config.weight_block_size, EXPERTS, linear)

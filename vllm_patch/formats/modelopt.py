@@ -56,4 +56,4 @@ def linear(layer, method):
     return cut_or_stock(CutModelOptLinearMethod, method, BLOCKS, layer)
 
 
-FORMAT = CheckpointFormat(blocks, fp8.experts, linear)
+FORMAT = CheckpointFormat(blocks, fp8.EXPERTS, linear)

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.quark.schemes.quark_w8a8_fp8 import
 from vllm_patch.fp8_tp_padding.methods.experts import CutExperts
 from vllm_patch.fp8_tp_padding.methods.linear import CutLinear
 
-from .checkpoint_format import BLOCKS, CheckpointFormat, cut_or_stock
+from .checkpoint_format import BLOCKS, CheckpointFormat, linear_of_schemes
 
 
 class CutQuarkMoEMethod(CutExperts, QuarkW8A8Fp8MoEMethod):
@@ -35,20 +35,10 @@ def blocks(config) -> list[int] | None:
     return BLOCKS if "per_block" in str(config.quant_config) else None
 
 
-def experts(method) -> type[CutExperts] | None:
-    is_fp8 = type(method) is QuarkW8A8Fp8MoEMethod
-    if is_fp8 and method.weight_block_size == BLOCKS:
-        return CutQuarkMoEMethod
-    return None
-
-
-def linear(layer, method):
-    if type(method) is not QuarkLinearMethod:
-        return method
-    if type(layer.scheme) is not QuarkW8A8Fp8PerBlock:
-        return method
-    of_scheme = layer.scheme.weight_block_size
-    return cut_or_stock(CutQuarkLinearMethod, method, of_scheme, layer)
-
-
-FORMAT = CheckpointFormat(blocks, experts, linear)
+FORMAT = CheckpointFormat(
+    blocks,
+    experts={QuarkW8A8Fp8MoEMethod: CutQuarkMoEMethod},
+    linear=linear_of_schemes(
+        QuarkLinearMethod, CutQuarkLinearMethod, QuarkW8A8Fp8PerBlock
+    ),
+)
