@@ -82,10 +82,8 @@ def tiles(monkeypatch):
         monkeypatch.setattr(tile_choice, "tuned_tiles", lambda *sizes: tuned)
         platform = SimpleNamespace(is_device_capability=lambda capability: hopper)
         monkeypatch.setattr(tile_choice, "current_platform", platform)
-        tile_choice.tiles_for.cache_clear()
 
-    yield come_from
-    tile_choice.tiles_for.cache_clear()
+    return come_from
 
 
 @pytest.fixture

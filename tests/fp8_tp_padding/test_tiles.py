@@ -94,10 +94,8 @@ def test_fields_that_are_wrong(read, config, named):
 def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
     tuned = read({"8": PAIRS, "64": {**SORTED, "down_splits": 4}})
     monkeypatch.setattr(tile_choice, "tuned_tiles", lambda experts, size: tuned)
-    tile_choice.tiles_for.cache_clear()
     shard = block_shard(1536, 128, 1, 8)
     chosen = [tile_choice.tiles_for(n, 8, 128, 256, shard) for n in (1, 35, 37, 4096)]
-    tile_choice.tiles_for.cache_clear()
     assert [type(tiles) for tiles in chosen] == 2 * [PairTiles] + 2 * [SortedTiles]
     # 256 is two blocks: they cannot be split in four.
     assert chosen[2].down_splits == 2

@@ -96,6 +96,7 @@ COMMITS = (
         name="masked",
         sources=(
             "kernels/masked_*.py",
+            "kernels/launches.py",
             "kernels/workspace.py",
             "kernels/tiles.py",
             "kernels/tuned_tiles.py",
@@ -104,6 +105,7 @@ COMMITS = (
         ),
         tests=(
             "test_expert_store.py",
+            "test_launches.py",
             "test_masked_moe.py",
             "test_masked_warmup.py",
             "test_tiles.py",

@@ -2,6 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """vLLM's Triton experts on compact weights, as its choice of kernels knows them."""
 
+import functools
+
 import torch
 
 import vllm.envs as envs
@@ -115,10 +117,10 @@ class MaskedTritonExperts(TritonExperts):
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         dtype = self.moe_config.in_dtype
-        plan = self._plan(M, topk, K, local_num_experts, dtype)
+        needed = plan(M, topk, K, local_num_experts, self.block_shard, dtype)
         # vLLM keeps the output in the first workspace: nothing else may live there.
         output = (M, K)
-        return output, (plan.workspace_bytes // dtype.itemsize,), output
+        return output, (needed.workspace_bytes // dtype.itemsize,), output
 
     def apply(
         self,
@@ -147,28 +149,29 @@ class MaskedTritonExperts(TritonExperts):
         assert hidden_states.is_contiguous(), "Hidden_states must be contiguous"
         assert hidden_states.shape[-1] == w1.shape[2], "Hidden size mismatch"
         num_tokens, hidden = hidden_states.shape
-        sizes = topk_ids.shape[1], hidden, w1.shape[0], output.dtype
+        sizes = (
+            *(topk_ids.shape[1], hidden, w1.shape[0], self.block_shard, output.dtype),
+            not apply_router_weight_on_input,
+        )
         call = (
             output,
             _aligned(hidden_states),
             Weights(w1, w2, self.w1_scale, self.w2_scale),
-            Routing(
-                _aligned(topk_weights),
-                _aligned(topk_ids),
-                not apply_router_weight_on_input,
-            ),
+            Routing(_aligned(topk_weights), _aligned(topk_ids)),
             workspace2,
         )
         if num_tokens > self._warm_tokens:
-            self._warm_tokens = warm_up(lambda n: self._plan(n, *sizes), *call)
-        self._plan(num_tokens, *sizes).run(*call)
+            self._warm_tokens = warm_up(lambda n: plan(n, *sizes), *call)
+        plan(num_tokens, *sizes).run(*call)
 
-    def _plan(
-        self, tokens: int, top_k: int, hidden: int, experts: int, dtype: torch.dtype
-    ) -> PairPlan | SortedPlan:
-        shard = self.block_shard
-        tiles = tiles_for(tokens, top_k, experts, hidden, shard)
-        return plan_for(Problem(tokens, top_k, hidden, experts, shard, dtype), tiles)
+
+# Each call of a layer asks several times, and layers of a model ask the same.
+@functools.lru_cache
+def plan(*sizes) -> PairPlan | SortedPlan:
+    """Return how a call is run; ``sizes`` are the fields of its ``Problem``."""
+    of = Problem(*sizes)
+    tiles = tiles_for(of.num_tokens, of.top_k, of.num_experts, of.hidden, of.shard)
+    return plan_for(of, tiles)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -219,8 +219,8 @@ def _block_of_pairs(
 def gate_up_kernel(
     x_codes_ptr,  # [num_tokens, K] fp8
     x_scale_ptr,  # [num_tokens, K // 128] fp32
-    w_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
-    w_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
+    w13_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
+    w13_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
     h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out
     sorted_pairs_ptr,
     block_experts_ptr,
@@ -274,9 +274,9 @@ def gate_up_kernel(
     k = tl.arange(0, BLOCK)
     x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
     x_scale_ptrs = x_scale_ptr + token * K_BLOCKS
-    gate_ptrs = w_ptr + expert * (2 * SIZE * K) + column[:, None] * K + k[None, :]
+    gate_ptrs = w13_ptr + expert * (2 * SIZE * K) + column[:, None] * K + k[None, :]
     group = tile * BLOCK_N // BLOCK
-    gate_scale_ptr = w_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
+    gate_scale_ptr = w13_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
     zeros = _zeros(BLOCK_M, BLOCK_N, SWAP)
     gate = zeros
     up = zeros
@@ -377,8 +377,8 @@ def _times_w2(
 @triton.jit(do_not_specialize=["num_pairs"])
 def down_kernel(
     h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32
-    w_ptr,  # [experts, K, SIZE] fp8
-    w_scale_ptr,  # [experts, K // 128, NUM_BLOCKS] fp32
+    w2_ptr,  # [experts, K, SIZE] fp8
+    w2_scale_ptr,  # [experts, K // 128, NUM_BLOCKS] fp32
     y_ptr,  # [num_pairs, K] bf16/fp16/fp32, out
     topk_weights_ptr,  # [num_pairs] fp32
     sorted_pairs_ptr,
@@ -433,9 +433,9 @@ def down_kernel(
         y = _times_w2(
             codes,
             scales,
-            w_ptr + (expert * K + row) * SIZE,
+            w2_ptr + (expert * K + row) * SIZE,
             row < K,
-            w_scale_ptr + (expert * (K // BLOCK) + row_block) * NUM_BLOCKS,
+            w2_scale_ptr + (expert * (K // BLOCK) + row_block) * NUM_BLOCKS,
             SIZE,
             LEAD,
             NUM_BLOCKS,
@@ -450,8 +450,8 @@ def down_kernel(
 @triton.jit
 def down_and_sum_kernel(
     h_ptr,
-    w_ptr,
-    w_scale_ptr,
+    w2_ptr,
+    w2_scale_ptr,
     out_ptr,  # [num_tokens, K] bf16/fp16/fp32, out
     topk_weights_ptr,
     topk_ids_ptr,
@@ -498,9 +498,9 @@ def down_and_sum_kernel(
         y = _times_w2(
             codes,
             scales,
-            w_ptr + (expert * K + row) * SIZE,
+            w2_ptr + (expert * K + row) * SIZE,
             real_row < K,
-            w_scale_ptr + (expert * (K // BLOCK) + start // BLOCK) * NUM_BLOCKS,
+            w2_scale_ptr + (expert * (K // BLOCK) + start // BLOCK) * NUM_BLOCKS,
             SIZE,
             LEAD,
             NUM_BLOCKS,

@@ -7,7 +7,8 @@ multiply by gate and up; then the first has down sum a token's experts as it goe
 the second, which sorts pairs by expert beforehand, writes each pair's output and sums.
 """
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from vllm.triton_utils import triton
 from ..slices.shard import BlockShard
 from .dependent_launch import dependent_launch
 from .fp8_quant import BLOCK, FP8
+from .launches import Launch, Launches
 from .masked_kernels import (
     down_and_sum_kernel,
     down_kernel,
@@ -26,7 +28,7 @@ from .masked_kernels import (
     sum_kernel,
 )
 from .tiles import PairTiles, SortedTiles, Tiles
-from .workspace import Buffers, bytes_of, carve
+from .workspace import Buffers
 
 # Activation groups that one program quantizes, and output columns that one sums.
 QUANT_GROUPS = 8
@@ -35,6 +37,8 @@ SUM_COLUMNS = 1024
 MAX_CHUNKS = 16
 # Rows of an operand of a matrix product: a pair that is not sorted comes alone.
 LEAST_ROWS = 16
+# Where sorted pairs lie, in the workspace.
+PLACES = "sorted_pairs", "block_experts", "num_blocks"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Problem:
         num_experts: Experts that ``topk_ids`` may name.
         shard: The rank's intermediate columns.
         dtype: Of the activations.
+        mul_weight: Whether to weight the experts' outputs.
 
     """
 
@@ -57,6 +62,7 @@ class Problem:
     num_experts: int
     shard: BlockShard
     dtype: torch.dtype
+    mul_weight: bool = True
 
     @property
     def num_pairs(self) -> int:
@@ -89,13 +95,11 @@ class Routing:
         weights: ``[num_tokens, top_k]`` float32, contiguous.
         ids: ``[num_tokens, top_k]`` integers, contiguous; slots that name no expert,
             as those of padding tokens do, count nothing.
-        mul_weight: Whether to weight the experts' outputs.
 
     """
 
     weights: torch.Tensor
     ids: torch.Tensor
-    mul_weight: bool = True
 
 
 def plan_for(problem: Problem, tiles: Tiles) -> "PairPlan | SortedPlan":
@@ -127,9 +131,13 @@ class _Plan:
             "h": ((problem.num_pairs, problem.shard.size), problem.dtype),
         }
 
+    @functools.cached_property
+    def _launches(self) -> Launches:
+        return Launches(self.launches(), self.buffers())
+
     @property
     def workspace_bytes(self) -> int:
-        return bytes_of(self.buffers())
+        return self._launches.bytes
 
     def run(
         self,
@@ -150,9 +158,17 @@ class _Plan:
             workspace: At least ``workspace_bytes`` bytes, in any state.
 
         """
-        views = carve(workspace, self.buffers())
-        pointers = {f"{name}_ptr": view for name, view in views.items()}
-        self._launch(_Call(out, x, weights, routing, pointers))
+        tensors = {
+            "out": out,
+            "x": x,
+            "w13": weights.w13,
+            "w2": weights.w2,
+            "w13_scale": weights.w13_scale,
+            "w2_scale": weights.w2_scale,
+            "topk_weights": routing.weights,
+            "topk_ids": routing.ids,
+        }
+        self._launches.run(tensors, workspace)
 
     @property
     def _options(self) -> dict[str, bool]:
@@ -168,53 +184,44 @@ class _Plan:
             "NUM_BLOCKS": shard.num_blocks,
         }
 
-    def _prepare(self, call: "_Call", chunks: int, **counting) -> None:
+    def _prepare(self, chunks: int, counts: Sequence[str] = (), **counting) -> Launch:
         problem = self.problem
         groups = problem.hidden // BLOCK
         each = next(n for n in (QUANT_GROUPS, 4, 2, 1) if groups % n == 0)
-        prepare_kernel[(chunks + problem.num_tokens * (groups // each),)](
-            x_ptr=call.x,
-            topk_ids_ptr=call.routing.ids,
-            num_pairs=problem.num_pairs,
-            chunks=chunks,
-            K=problem.hidden,
-            GROUPS=each,
-            **counting,
-            **call.pointers_to("x_codes", "x_scale"),
-            **self._options,
+        return Launch(
+            prepare_kernel,
+            chunks + problem.num_tokens * (groups // each),
+            ("x", "topk_ids", "x_codes", "x_scale", *counts),
+            {
+                "num_pairs": problem.num_pairs,
+                "chunks": chunks,
+                "K": problem.hidden,
+                "GROUPS": each,
+                **counting,
+                **self._options,
+            },
         )
 
-    def _gate_up(self, call: "_Call", blocks: int, block_m: int, **sorting) -> None:
+    def _gate_up(
+        self, blocks: int, block_m: int, places: Sequence[str] = (), **sorting
+    ) -> Launch:
         problem, tile = self.problem, self.tiles.gate_up
-        gate_up_kernel[(blocks * tile.count(problem.shard),)](
-            w_ptr=call.weights.w13,
-            w_scale_ptr=call.weights.w13_scale,
-            topk_ids_ptr=call.routing.ids,
-            num_pairs=problem.num_pairs,
-            EXPERTS=problem.num_experts,
-            TOP_K=problem.top_k,
-            BLOCK_M=block_m,
-            UNROLL=tile.unroll,
-            **sorting,
-            **call.pointers_to("x_codes", "x_scale", "h"),
-            **tile.launch_options,
-            **self._geometry,
-            **self._options,
+        return Launch(
+            gate_up_kernel,
+            blocks * tile.count(problem.shard),
+            ("x_codes", "x_scale", "w13", "w13_scale", "h", "topk_ids", *places),
+            {
+                "num_pairs": problem.num_pairs,
+                "EXPERTS": problem.num_experts,
+                "TOP_K": problem.top_k,
+                "BLOCK_M": block_m,
+                "UNROLL": tile.unroll,
+                **sorting,
+                **tile.launch_options,
+                **self._geometry,
+                **self._options,
+            },
         )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The tensors of one call; ``pointers`` are those of the workspace."""
-
-    out: torch.Tensor
-    x: torch.Tensor
-    weights: Weights
-    routing: Routing
-    pointers: dict[str, torch.Tensor]
-
-    def pointers_to(self, *names: str) -> dict[str, torch.Tensor]:
-        return {f"{name}_ptr": self.pointers[f"{name}_ptr"] for name in names}
 
 
 @dataclass(frozen=True)
@@ -228,37 +235,32 @@ class PairPlan(_Plan):
         """Plans of one geometry that are alike in this launch the same binaries."""
         return self.tiles
 
-    def _launch(self, call: _Call) -> None:
+    def launches(self) -> list[Launch]:
+        """Return what ``run`` launches."""
         nothing = {"counts_ptr": None, "EXPERTS": 0, "BINS": 0, "CHUNK": 0}
-        self._prepare(call, chunks=0, **nothing)
-        self._gate_up(
-            call,
-            self.problem.num_pairs,
-            LEAST_ROWS,
-            SORTED=False,
-            sorted_pairs_ptr=None,
-            block_experts_ptr=None,
-            num_blocks_ptr=None,
-        )
-        self._down_and_sum(call)
+        unsorted = {f"{name}_ptr": None for name in PLACES} | {"SORTED": False}
+        return [
+            self._prepare(chunks=0, **nothing),
+            self._gate_up(self.problem.num_pairs, LEAST_ROWS, **unsorted),
+            self._down_and_sum(),
+        ]
 
-    def _down_and_sum(self, call: _Call) -> None:
+    def _down_and_sum(self) -> Launch:
         problem, tile = self.problem, self.tiles.down
         columns = triton.cdiv(problem.hidden, tile.block_n)
-        down_and_sum_kernel[(columns * problem.num_tokens,)](
-            w_ptr=call.weights.w2,
-            w_scale_ptr=call.weights.w2_scale,
-            out_ptr=call.out,
-            topk_weights_ptr=call.routing.weights,
-            topk_ids_ptr=call.routing.ids,
-            EXPERTS=problem.num_experts,
-            TOP_K=problem.top_k,
-            ROWS=max(LEAST_ROWS, triton.next_power_of_2(problem.top_k)),
-            MUL_WEIGHT=call.routing.mul_weight,
-            **call.pointers_to("h"),
-            **tile.launch_options,
-            **self._geometry,
-            **self._options,
+        return Launch(
+            down_and_sum_kernel,
+            columns * problem.num_tokens,
+            ("h", "w2", "w2_scale", "out", "topk_weights", "topk_ids"),
+            {
+                "EXPERTS": problem.num_experts,
+                "TOP_K": problem.top_k,
+                "ROWS": max(LEAST_ROWS, triton.next_power_of_2(problem.top_k)),
+                "MUL_WEIGHT": problem.mul_weight,
+                **tile.launch_options,
+                **self._geometry,
+                **self._options,
+            },
         )
 
 
@@ -320,54 +322,61 @@ class SortedPlan(_Plan):
             "num_warps": min(32, max(4, self.chunk // 1024)),
         }
 
-    def _launch(self, call: _Call) -> None:
-        counts = call.pointers_to("counts")
-        places = call.pointers_to("sorted_pairs", "block_experts", "num_blocks")
-        self._prepare(call, self.chunks, **counts, **self._counting)
-        self._sort(call, {**counts, **places})
-        self._gate_up(call, self.blocks, self.tiles.block_m, SORTED=True, **places)
-        self._down(call, places)
-        self._sum(call)
+    def launches(self) -> list[Launch]:
+        """Return what ``run`` launches."""
+        counting = {"counts": ("counts",), **self._counting}
+        return [
+            self._prepare(self.chunks, **counting),
+            self._sort(),
+            self._gate_up(self.blocks, self.tiles.block_m, PLACES, SORTED=True),
+            self._down(),
+            self._sum(),
+        ]
 
-    def _sort(self, call: _Call, pointers: dict[str, torch.Tensor]) -> None:
-        sort_kernel[(self.chunks * self.problem.num_experts,)](
-            topk_ids_ptr=call.routing.ids,
-            num_pairs=self.problem.num_pairs,
-            chunks=self.chunks,
-            CHUNKS=self._chunks_bound,
-            BLOCK_M=self.tiles.block_m,
-            **pointers,
-            **self._counting,
-            **self._options,
+    def _sort(self) -> Launch:
+        return Launch(
+            sort_kernel,
+            self.chunks * self.problem.num_experts,
+            ("topk_ids", "counts", *PLACES),
+            {
+                "num_pairs": self.problem.num_pairs,
+                "chunks": self.chunks,
+                "CHUNKS": self._chunks_bound,
+                "BLOCK_M": self.tiles.block_m,
+                **self._counting,
+                **self._options,
+            },
         )
 
-    def _down(self, call: _Call, places: dict[str, torch.Tensor]) -> None:
+    def _down(self) -> Launch:
         tiles = self.tiles
-        down_kernel[(self.blocks * tiles.down_splits,)](
-            w_ptr=call.weights.w2,
-            w_scale_ptr=call.weights.w2_scale,
-            topk_weights_ptr=call.routing.weights,
-            num_pairs=self.problem.num_pairs,
-            BLOCK_M=tiles.block_m,
-            SPLITS=tiles.down_splits,
-            MUL_WEIGHT=call.routing.mul_weight,
-            **places,
-            **call.pointers_to("h", "y"),
-            **tiles.down.launch_options,
-            **self._geometry,
-            **self._options,
+        return Launch(
+            down_kernel,
+            self.blocks * tiles.down_splits,
+            ("h", "w2", "w2_scale", "y", "topk_weights", *PLACES),
+            {
+                "num_pairs": self.problem.num_pairs,
+                "BLOCK_M": tiles.block_m,
+                "SPLITS": tiles.down_splits,
+                "MUL_WEIGHT": self.problem.mul_weight,
+                **tiles.down.launch_options,
+                **self._geometry,
+                **self._options,
+            },
         )
 
-    def _sum(self, call: _Call) -> None:
+    def _sum(self) -> Launch:
         problem = self.problem
         columns = triton.cdiv(problem.hidden, SUM_COLUMNS)
-        sum_kernel[(problem.num_tokens * columns,)](
-            out_ptr=call.out,
-            topk_ids_ptr=call.routing.ids,
-            EXPERTS=problem.num_experts,
-            TOP_K=problem.top_k,
-            K=problem.hidden,
-            BLOCK_N=SUM_COLUMNS,
-            **call.pointers_to("y"),
-            **self._options,
+        return Launch(
+            sum_kernel,
+            problem.num_tokens * columns,
+            ("y", "out", "topk_ids"),
+            {
+                "EXPERTS": problem.num_experts,
+                "TOP_K": problem.top_k,
+                "K": problem.hidden,
+                "BLOCK_N": SUM_COLUMNS,
+                **self._options,
+            },
         )

@@ -91,5 +91,4 @@ def _compiles(x: torch.Tensor) -> bool:
 
 def _key(plan: Plan, x: torch.Tensor, routing: Routing) -> Hashable:
     dtypes = x.dtype, routing.ids.dtype, routing.weights.dtype
-    sizes = replace(plan.problem, num_tokens=0)
-    return sizes, dtypes, routing.mul_weight, x.device
+    return replace(plan.problem, num_tokens=0), dtypes, x.device

@@ -5,8 +5,6 @@
 The rule tells Hopper from all other GPUs.
 """
 
-import functools
-
 from vllm.platforms import current_platform
 
 from ..slices.shard import BlockShard
@@ -14,8 +12,6 @@ from .tiles import PairTiles, SortedTiles, Tile, Tiles
 from .tuned_tiles import tuned_tiles
 
 
-# Each call of a layer asks several times, and layers of a model ask the same.
-@functools.lru_cache
 def tiles_for(
     num_tokens: int, top_k: int, num_experts: int, hidden: int, shard: BlockShard
 ) -> Tiles:

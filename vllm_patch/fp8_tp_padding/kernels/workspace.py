@@ -2,6 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Where the intermediates of a call lie in vLLM's workspace."""
 
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -15,25 +16,19 @@ def bytes_of(buffers: Buffers) -> int:
     return sum(_aligned(_bytes(*buffer)) for buffer in buffers.values())
 
 
+def offsets_of(buffers: Buffers) -> dict[str, int]:
+    """Return where each starts, in bytes."""
+    sizes = [_aligned(_bytes(*buffer)) for buffer in buffers.values()]
+    return dict(zip(buffers, accumulate([0, *sizes]), strict=False))
+
+
 def carve(workspace: torch.Tensor, buffers: Buffers) -> dict[str, torch.Tensor]:
-    """Return the buffers, as views of ``workspace``.
-
-    Raises:
-        ValueError: It is too small.
-
-    """
-    needed = bytes_of(buffers)
-    if workspace.nbytes < needed:
-        raise ValueError(
-            f"The workspace of the masked kernels has {workspace.nbytes} bytes, but "
-            f"this call needs {needed}."
-        )
-    raw, offset, views = workspace.view(-1).view(torch.uint8), 0, {}
-    for name, (shape, dtype) in buffers.items():
-        num_bytes = _bytes(shape, dtype)
-        views[name] = raw[offset : offset + num_bytes].view(dtype).view(shape)
-        offset += _aligned(num_bytes)
-    return views
+    """Return the buffers, as views of ``workspace``, which has room for them."""
+    raw, offsets = workspace.view(-1).view(torch.uint8), offsets_of(buffers)
+    return {
+        name: raw.narrow(0, offsets[name], _bytes(shape, dtype)).view(dtype).view(shape)
+        for name, (shape, dtype) in buffers.items()
+    }
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
