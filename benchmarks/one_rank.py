@@ -1,7 +1,8 @@
-"""Builds vLLM layers as one rank of a tensor-parallel group, without the others."""
+"""vLLM's layers and engine as one rank of a tensor-parallel group, alone."""
 
 import contextlib
 import functools
+import importlib
 import types
 from collections.abc import Iterator
 from unittest import mock
@@ -39,6 +40,44 @@ def rank_of(
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def engine_is_rank_of(tp_size: int, rank: int) -> None:
+    """Make engines of this process run as one rank of ``tp_size``.
+
+    They are built with a group of one. Once that is there, it says that it has
+    ``tp_size`` ranks: layers load and compute what this rank would. A sum is this
+    rank's part, and what would be gathered is this rank's, repeated.
+
+    Args:
+        tp_size: Tensor-parallel size.
+        rank: This rank.
+
+    """
+    from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import gpu_worker
+
+    workers = [gpu_worker]
+    if current_platform.is_cpu():
+        workers.append(importlib.import_module("vllm.v1.worker.cpu_worker"))
+    stock = gpu_worker.init_worker_distributed_environment
+
+    def repeated(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.cat([x] * tp_size, dim)
+
+    def init(vllm_config, *args, **kwargs) -> None:
+        stock(vllm_config, *args, **kwargs)
+        group = parallel_state.get_tp_group()
+        group.world_size, group.rank_in_group = tp_size, rank
+        group._all_reduce_out_place = torch.clone
+        group._all_gather_out_place = repeated
+        group.all_gather = repeated
+        group.gather = lambda x, dst=0, dim=-1: repeated(x, dim)
+        vllm_config.parallel_config.tensor_parallel_size = tp_size
+
+    for worker in workers:
+        worker.init_worker_distributed_environment = init
 
 
 @functools.cache

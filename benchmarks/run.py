@@ -23,12 +23,21 @@ from vllm_patch import plugin
 
 
 class Rows:
-    """A CSV file whose rows are on disk as soon as they are known."""
+    """A CSV file whose rows are on disk as soon as they are known.
 
-    def __init__(self, file: TextIO, common: dict[str, str]):
+    Args:
+        file: It.
+        common: Columns that are the same for all rows.
+        header: What the file has as its header already.
+
+    """
+
+    def __init__(
+        self, file: TextIO, common: dict[str, str], header: list[str] | None = None
+    ):
         self.file = file
         self.common = common
-        self.writer: csv.DictWriter | None = None
+        self.writer = csv.DictWriter(file, header) if header else None
 
     def add(self, row: dict[str, object]) -> None:
         row = {**row, **self.common}
