@@ -75,10 +75,11 @@ class Engine:
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
     """Build ``LLM(**spec["engine"])`` as a rank, and measure what the spec names."""
+    rank = spec["tp_size"], spec["rank"]
     import vllm
 
     plugin.register()
-    engine_is_rank_of(spec["tp_size"], spec["rank"])
+    engine_is_rank_of(*rank)
     started = time.monotonic()
     llm = vllm.LLM(**spec["engine"])
     seconds = time.monotonic() - started
