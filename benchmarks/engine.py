@@ -144,6 +144,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--models", nargs="+", choices=models, default=["Qwen3-235B-TP8"])
     add("--ways", nargs="+", choices=WAYS, default=["this", "padded", "refined", "ep"])
     add("--modes", nargs="+", choices=MODES, default=["compiled", "graphs"])
+    add("--contexts", nargs="+", type=int, choices=BATCHES, default=[*BATCHES])
     add("--layers", type=int, help="of the model (default: all)")
     add("--no-check", action="store_true", help="do not compare logits first")
     add("--resume", action="store_true", help="leave out what is in the file of rows")
@@ -284,7 +285,7 @@ def _measure(
     spec = spec_of(
         *(model, mode, way),
         prefill=PROMPTS,
-        decode=BATCHES,
+        decode={context: BATCHES[context] for context in args.contexts},
         mixed=True,
         calls=mode != "compiled",
     )

@@ -8,8 +8,10 @@ the second, which sorts pairs by expert beforehand, writes each pair's output an
 """
 
 import functools
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -30,8 +32,7 @@ from .masked_kernels import (
 from .tiles import PairTiles, SortedTiles, Tiles
 from .workspace import Buffers
 
-# Activation groups that one program quantizes, and output columns that one sums.
-QUANT_GROUPS = 8
+# Output columns that one program sums.
 SUM_COLUMNS = 1024
 # Programs that count or place an expert's pairs.
 MAX_CHUNKS = 16
@@ -115,11 +116,13 @@ class _Plan:
     Attributes:
         problem: Sizes of the call.
         tiles: Of the kernels.
+        quant_groups: Activation groups that one program quantizes, at most.
 
     """
 
     problem: Problem
     tiles: Tiles
+    quant_groups: ClassVar[int]
 
     def buffers(self) -> Buffers:
         """Shape and dtype of each intermediate."""
@@ -187,7 +190,7 @@ class _Plan:
     def _prepare(self, chunks: int, counts: Sequence[str] = (), **counting) -> Launch:
         problem = self.problem
         groups = problem.hidden // BLOCK
-        each = next(n for n in (QUANT_GROUPS, 4, 2, 1) if groups % n == 0)
+        each = math.gcd(groups, self.quant_groups)
         return Launch(
             prepare_kernel,
             chunks + problem.num_tokens * (groups // each),
@@ -229,6 +232,7 @@ class PairPlan(_Plan):
     """Each pair is a block: three launches."""
 
     tiles: PairTiles
+    quant_groups = 8  # Fewer programs would leave most of the GPU idle.
 
     @property
     def variant(self) -> Hashable:
@@ -269,6 +273,7 @@ class SortedPlan(_Plan):
     """Pairs are sorted by expert into blocks of ``block_m``: five launches."""
 
     tiles: SortedTiles
+    quant_groups = 32
 
     def buffers(self) -> Buffers:
         problem, blocks = self.problem, self.blocks
