@@ -142,7 +142,8 @@ class _Axes:
         lines, (width, height) = [f'<g id="axes{self.index}">'], PLOT
         for value in self.xs:
             lines.append(f'<path class="grid" d="M{self.x(value)} 0v{height}"/>')
-            lines.append(f'<text x="{self.x(value)}" y="{height + 14}">{value}</text>')
+            text = f"{value >> 10}k" if value >= 1024 else value
+            lines.append(f'<text x="{self.x(value)}" y="{height + 14}">{text}</text>')
         for tick in self.ticks:
             y = self.y(tick)
             lines.append(f'<path class="grid" d="M0 {y}h{width}"/>')

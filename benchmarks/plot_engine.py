@@ -7,20 +7,21 @@ token by the prompt's tokens. Higher is better.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.engine import tables
-from benchmarks.panels import Panel, Style, drawing
+from benchmarks.panels import Panel, drawing
 from benchmarks.plot_moe import STYLES as EXPERTS
 from benchmarks.plot_moe import read
 
 STOCK = "refined"
 STYLES = {
-    "this": EXPERTS["ours"],
+    "this": replace(EXPERTS["ours"], text="this package"),
     "padded": EXPERTS["padded"],
-    STOCK: Style(f"stock ({STOCK} blocks)", *list(vars(EXPERTS[STOCK]).values())[1:]),
+    STOCK: replace(EXPERTS[STOCK], text=f"stock ({STOCK} blocks)"),
     "half": EXPERTS["half_tp"],
-    "ep": Style("expert parallel", *list(vars(EXPERTS["ep"]).values())[1:]),
+    "ep": replace(EXPERTS["ep"], text="expert parallel"),
 }
 CONTEXT = "1024"
 TICKS = (0.5, 0.75, 1, 1.25, 1.5, 2)
