@@ -18,6 +18,7 @@ BACKENDS = (
     "flashinfer_trtllm",
     "flashinfer_cutlass",
     "marlin",
+    "humming",
 )
 
 

@@ -88,6 +88,7 @@ COMMITS = (
             "test_linear_loading.py",
             "test_linear_lora.py",
             "test_linear_properties.py",
+            "test_humming.py",
             "test_marlin.py",
             "triton_keys.py",
         ),
