@@ -101,7 +101,7 @@ def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
 
 
 def test_a_layer_without_a_kernel_says_so():
-    """vLLM stops later, on some platforms; it is not the padding that did it."""
+    """And blames no padding for it: some platforms stop later."""
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 
     store = store_for(None, Fp8MoeBackend.NONE, build(384, 2, 1).moe_config)

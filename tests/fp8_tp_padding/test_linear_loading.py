@@ -228,13 +228,27 @@ def test_fused_shards_inside_one_block_share_its_scale(rank):
     assert torch.equal(run(layer, x, 4, rank), expected)
 
 
-def test_scales_of_shards_that_were_fused_after_quantization_are_refused():
-    """Two of [32, 32] would be one row each; fused before, they share one."""
+@pytest.mark.parametrize("rank", range(4))
+def test_shards_that_were_fused_after_quantization_keep_their_scales(rank):
+    """As stock reads it, without tensor parallelism: each has blocks of its own."""
+    tensors = {i: matrix(size, HIDDEN, seed=i) for i, size in enumerate((32, 192, 96))}
+    separate, fused = (merged(4, rank, [32, 192, 96]) for _ in range(2))
+    for layer in (separate, fused):
+        poison(layer)
+    load(separate, tensors)
+    load(fused, {None: [torch.cat([t[i] for t in tensors.values()]) for i in (0, 1)]})
+    for name, param in fused.named_parameters():
+        expected = getattr(separate, name)
+        assert torch.equal(param.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_fused_scales_of_another_number_are_refused():
     layer = merged(2, 0, [32, 32])
     with pytest.raises(
-        ValueError, match=r"shape \(2, 2\), but logical shards \[0, 1\]"
+        ValueError,
+        match=r"shape \(3, 2\), but logical shards \[0, 1\] need 1 or 2 rows",
     ):
-        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, torch.ones(2, 2))
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, torch.ones(3, 2))
 
 
 def test_a_fused_tensor_with_shards_inside_a_block_is_refused():

@@ -90,6 +90,7 @@ COMMITS = (
             "test_linear_properties.py",
             "test_humming.py",
             "test_marlin.py",
+            "test_packed_projections.py",
             "triton_keys.py",
         ),
     ),
