@@ -307,31 +307,55 @@ def test_vllm_sees_no_padding():
     assert list(dict(layer.named_parameters())) == ["weight", "weight_scale_inv"]
 
 
+def kv_b_proj(rank):
+    """MLA's projection: 2 heads of 96 + 64 on a rank; and its real weight."""
+    sizes = {"input_size": HIDDEN, "output_size": 8 * 320, "bias": False}
+    layer = build("ColumnParallelLinear", 8, rank, torch.float32, **sizes)
+    weight, scale = exact.matrix(8 * 320, HIDDEN, seed=0)
+    load(layer, {None: (weight, scale)})
+    return layer, dequantize(weight, scale)[rank * 320 : rank * 320 + 320]
+
+
+# It is read by products: each is multiplied by 448 and by 1 / 448, and added to zeros.
+PRODUCTS = {"rtol": 4 * 2.0**-24, "atol": 0}
+
+
 @runs_kernels
 def test_raw_weights_are_read_without_padding():
-    """MLA reads kv_b_proj's weight: 2 heads of 192 + 128 on each rank."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import (
         get_and_maybe_dequant_weights,
     )
 
-    weight, scale = exact.matrix(8 * 320, HIDDEN, seed=0)
-    layer = build(
-        "ColumnParallelLinear",
-        8,
-        3,
-        dtype=torch.float32,
-        input_size=HIDDEN,
-        output_size=8 * 320,
-        bias=False,
-    )
-    load(layer, {None: (weight, scale)})
+    layer, expected = kv_b_proj(rank=3)
     with rank_of(8, 3, torch.float32):
         layer.quant_method.process_weights_after_loading(layer)
         raw = get_and_maybe_dequant_weights(layer)
-    expected = dequantize(weight, scale)[3 * 320 : 4 * 320]
     assert raw.shape == expected.shape
-    # Each is multiplied by 448 and by 1 / 448, and added to zeros.
-    torch.testing.assert_close(raw, expected, rtol=4 * 2.0**-24, atol=0)
+    torch.testing.assert_close(raw, expected, **PRODUCTS)
+
+
+@runs_kernels
+def test_mla_for_amx_reads_raw_weights_without_padding(monkeypatch):
+    """It reads the stored weight by itself from 0.31 on."""
+    amx_mla = pytest.importorskip("vllm.v1.attention.backends.mla.amx_mla")
+    from vllm.platforms import current_platform
+
+    layer, expected = kv_b_proj(rank=3)
+    layer._cpu_skip_gemm_dispatch = True  # As MLAAttention marks it.
+    mla = object.__new__(amx_mla.AMXMLAImpl)
+    mla.kv_b_proj, mla.kv_lora_rank, mla.num_heads = layer, HIDDEN, 2
+    mla.qk_nope_head_dim, mla.v_head_dim = 96, 64
+    packed = []
+    pack = "convert_weight_packed"
+    monkeypatch.setattr(torch.ops._C, pack, packed.append, raising=False)
+    with rank_of(8, 3, torch.float32):
+        with monkeypatch.context() as patch:
+            patch.setattr(current_platform, "is_cpu", lambda: True)
+            layer.quant_method.process_weights_after_loading(layer)
+        mla.process_weights_after_loading(torch.float32)
+    heads = expected.view(2, 96 + 64, HIDDEN)
+    torch.testing.assert_close(packed[0], heads[:, :96].transpose(1, 2), **PRODUCTS)
+    torch.testing.assert_close(packed[1], heads[:, 96:], **PRODUCTS)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from vllm.platforms import current_platform
 
 from ..kernels.columns import PaddedColumns, RealColumns
 from ..kernels.input_quant import PaddedQuantFP8, quantizing_kernel
@@ -168,6 +169,10 @@ class CutLinear:
         _set_sizes(layer, *real)
         if not self.layout.pads_input:
             layer.bias, layer.has_bias = bias, has_bias
+        if current_platform.is_cpu() and hasattr(layer, "_cpu_skip_gemm_dispatch"):
+            # MLA's kernels for AMX take a weight with blocks from kv_b_proj as it is
+            # stored; one without, by way of apply().
+            layer.weight_block_size = None
 
     def apply(
         self,
