@@ -91,6 +91,7 @@ COMMITS = (
             "test_humming.py",
             "test_marlin.py",
             "test_packed_projections.py",
+            "test_sleep.py",
             "triton_keys.py",
         ),
     ),
