@@ -169,7 +169,8 @@ class CutLinear:
         _set_sizes(layer, *real)
         if not self.layout.pads_input:
             layer.bias, layer.has_bias = bias, has_bias
-        if current_platform.is_cpu() and hasattr(layer, "_cpu_skip_gemm_dispatch"):
+        is_read_by_mla = getattr(layer, "_cpu_skip_gemm_dispatch", False)
+        if is_read_by_mla and current_platform.is_cpu():
             # MLA's kernels for AMX take a weight with blocks from kv_b_proj as it is
             # stored; one without, by way of apply().
             layer.weight_block_size = None
