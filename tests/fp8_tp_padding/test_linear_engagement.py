@@ -69,6 +69,21 @@ def test_expert_parallelism_leaves_linear_layers_cut():
     assert method_name(layer) == "CutFp8LinearMethod"
 
 
+@pytest.mark.parametrize("own", ["weight_loader", "weight_loader_v2", "forward"])
+def test_layers_with_a_loader_of_their_own_are_stock(own):
+    """Models call one or the other, and know nothing of the padding."""
+    from vllm.model_executor.layers import linear
+
+    stock = linear.MergedColumnParallelLinear
+    others = type("Others", (stock,), {own: lambda self, *args: None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "MergedColumnParallelLinear", others)
+        layer = merged(8, 1, [512, 512])
+    assert type(layer) is others
+    is_stock = method_name(layer) == "Fp8LinearMethod"
+    assert is_stock == (own != "forward")
+
+
 def aligned(kind: str, kwargs: dict):
     layer = build(kind, TP, 3, bias=False, **kwargs)
     poison(layer)
