@@ -113,29 +113,6 @@ def test_a_missing_scale_is_named(of_experts):
         experts.process(layer, TP, 1)
 
 
-@pytest.mark.parametrize(("tp_size", "is_cut"), [(TP, True), (4, False)])
-@pytest.mark.parametrize("with_blocks", [True, False])
-def test_groups_that_nobody_pads_are_named(
-    plugin, padding_log, monkeypatch, tp_size, is_cut, with_blocks
-):
-    """MXFP8 experts of 80 columns, also beside other layers in FP8 blocks."""
-    from vllm.model_executor.layers.quantization.modelopt import ModelOptMxFp8FusedMoE
-    from vllm_patch.formats import checkpoint_format
-
-    said = []
-    monkeypatch.setattr(
-        checkpoint_format.logger, "warning_once", lambda text, *args: said.append(args)
-    )
-    layer = experts.build(640, tp_size, 1)
-    mxfp8 = checkpoint_format.CheckpointFormat(
-        lambda _: [BLOCK, BLOCK] if with_blocks else None, {}, None
-    )
-    stock = object.__new__(ModelOptMxFp8FusedMoE)
-    assert mxfp8.quant_method(lambda *_: stock, None, layer, "experts") is stock
-    named = (640, tp_size, 640 // tp_size, 32, "ModelOptMxFp8FusedMoE")
-    assert said == ([named] if is_cut else [])
-
-
 def test_vllm_does_not_see_cut_sizes_where_nothing_is_in_blocks(plugin):
     """A mixed config always says which blocks it would have."""
     mixed = FORMATS["modelopt-mixed"]

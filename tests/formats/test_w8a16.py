@@ -1,9 +1,12 @@
-"""compressed-tensors on GPUs without FP8, where vLLM multiplies in 16 bits."""
+"""compressed-tensors on GPUs without FP8, where vLLM multiplies in 16 bits.
+
+By Humming or Marlin, whichever a release prefers there.
+"""
 
 import pytest
 import torch
 
-from tests.fp8_tp_padding import test_marlin
+from tests.fp8_tp_padding import test_humming, test_marlin
 from tests.fp8_tp_padding.exact import activations, matrix
 from tests.fp8_tp_padding.experts import dequantize
 from tests.fp8_tp_padding.tensor_parallel import rank_of
@@ -13,12 +16,13 @@ from tests.fp8_tp_padding.test_marlin import MINE, RANK, SIZES, TP, sizes_of
 from .configs import FORMATS
 
 CT = FORMATS["compressed-tensors"]
+humming = test_humming.humming
 marlin = test_marlin.marlin
 
 
-@pytest.fixture
-def w8a16(monkeypatch, plugin, marlin):
-    """Let vLLM take the scheme of such GPUs, whose kernel is Marlin."""
+@pytest.fixture(params=["humming", "marlin"])
+def w8a16(monkeypatch, plugin, request):
+    """Let vLLM take the scheme of such GPUs; return the name of its kernel."""
     from vllm.model_executor.layers.quantization.compressed_tensors import (
         compressed_tensors,
     )
@@ -28,7 +32,8 @@ def w8a16(monkeypatch, plugin, marlin):
         "_check_scheme_supported",
         staticmethod(lambda capability, *_, **__: capability < 89),
     )
-    return marlin
+    request.getfixturevalue(request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("kind", SIZES)
@@ -38,6 +43,8 @@ def test_its_linear_layers(w8a16, kind):
     layer = build(kind, TP, RANK, torch.float32, quant_config=make, **sizes)
     assert type(layer.scheme).__name__ == "CompressedTensorsW8A16Fp8"
     assert type(layer.quant_method).__name__ == CT.cut_linear
+    kernel = layer.quant_method.chosen_kernel(layer)
+    assert w8a16 in type(kernel).__name__.lower()
     weight, scale = matrix(*reversed([*SIZES[kind].values()]), seed=0)
     layer.weight.weight_loader(layer.weight, weight)
     layer.weight_scale.weight_loader(layer.weight_scale, scale)

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
 from vllm.model_executor.layers.quantization.fp8_tp_padding.methods.store import (
     Compact,
     Padded,
+    store_for,
 )
 
 from . import experts
@@ -97,6 +98,14 @@ def test_variables_keep_the_padded_store(monkeypatch, variable, value, reason):
 def test_what_masked_kernels_do_not_compute_is_padded(kwargs, reason):
     layer = build(288, 2, 1, **kwargs)
     assert layer.quant_method.store == Padded(reason)
+
+
+def test_a_layer_without_a_kernel_says_so():
+    """And blames no padding for it: some platforms stop later."""
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+
+    store = store_for(None, Fp8MoeBackend.NONE, build(384, 2, 1).moe_config)
+    assert store == Padded("vLLM has no kernel for them here")
 
 
 @pytest.mark.parametrize("refused", ["platform", "format", "key"])

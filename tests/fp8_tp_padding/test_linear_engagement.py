@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from .experts import poison
+from .tensor_parallel import rank_of
 from .test_linear_forward import TP, Operators
 from .test_linear_loading import (
     HIDDEN,
@@ -54,6 +55,33 @@ def test_aligned_layers_are_untouched(plugin, kind, kwargs):
         layer.named_parameters(), stock.parameters(), strict=True
     ):
         assert torch.equal(param.view(torch.uint8), other.view(torch.uint8)), name
+
+
+def test_expert_parallelism_leaves_linear_layers_cut():
+    """A shared expert, say: only routed experts are whole on a rank."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    blocks = {"is_checkpoint_fp8_serialized": True, "weight_block_size": [128, 128]}
+    with rank_of(TP, 3) as config:
+        config.parallel_config.enable_expert_parallel = True
+        layer = RowParallelLinear(640, HIDDEN, quant_config=Fp8Config(**blocks))
+    assert method_name(layer) == "CutFp8LinearMethod"
+
+
+@pytest.mark.parametrize("own", ["weight_loader", "weight_loader_v2", "forward"])
+def test_layers_with_a_loader_of_their_own_are_stock(own):
+    """Models call one or the other, and know nothing of the padding."""
+    from vllm.model_executor.layers import linear
+
+    stock = linear.MergedColumnParallelLinear
+    others = type("Others", (stock,), {own: lambda self, *args: None})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "MergedColumnParallelLinear", others)
+        layer = merged(8, 1, [512, 512])
+    assert type(layer) is others
+    is_stock = method_name(layer) == "Fp8LinearMethod"
+    assert is_stock == (own != "forward")
 
 
 def aligned(kind: str, kwargs: dict):

@@ -228,13 +228,27 @@ def test_fused_shards_inside_one_block_share_its_scale(rank):
     assert torch.equal(run(layer, x, 4, rank), expected)
 
 
-def test_scales_of_shards_that_were_fused_after_quantization_are_refused():
-    """Two of [32, 32] would be one row each; fused before, they share one."""
+@pytest.mark.parametrize("rank", range(4))
+def test_shards_that_were_fused_after_quantization_keep_their_scales(rank):
+    """As stock reads it, without tensor parallelism: each has blocks of its own."""
+    tensors = {i: matrix(size, HIDDEN, seed=i) for i, size in enumerate((32, 192, 96))}
+    separate, fused = (merged(4, rank, [32, 192, 96]) for _ in range(2))
+    for layer in (separate, fused):
+        poison(layer)
+    load(separate, tensors)
+    load(fused, {None: [torch.cat([t[i] for t in tensors.values()]) for i in (0, 1)]})
+    for name, param in fused.named_parameters():
+        expected = getattr(separate, name)
+        assert torch.equal(param.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_fused_scales_of_another_number_are_refused():
     layer = merged(2, 0, [32, 32])
     with pytest.raises(
-        ValueError, match=r"shape \(2, 2\), but logical shards \[0, 1\]"
+        ValueError,
+        match=r"shape \(3, 2\), but logical shards \[0, 1\] need 1 or 2 rows",
     ):
-        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, torch.ones(2, 2))
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, torch.ones(3, 2))
 
 
 def test_a_fused_tensor_with_shards_inside_a_block_is_refused():
@@ -293,31 +307,55 @@ def test_vllm_sees_no_padding():
     assert list(dict(layer.named_parameters())) == ["weight", "weight_scale_inv"]
 
 
+def kv_b_proj(rank):
+    """MLA's projection: 2 heads of 96 + 64 on a rank; and its real weight."""
+    sizes = {"input_size": HIDDEN, "output_size": 8 * 320, "bias": False}
+    layer = build("ColumnParallelLinear", 8, rank, torch.float32, **sizes)
+    weight, scale = exact.matrix(8 * 320, HIDDEN, seed=0)
+    load(layer, {None: (weight, scale)})
+    return layer, dequantize(weight, scale)[rank * 320 : rank * 320 + 320]
+
+
+# It is read by products: each is multiplied by 448 and by 1 / 448, and added to zeros.
+PRODUCTS = {"rtol": 4 * 2.0**-24, "atol": 0}
+
+
 @runs_kernels
 def test_raw_weights_are_read_without_padding():
-    """MLA reads kv_b_proj's weight: 2 heads of 192 + 128 on each rank."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import (
         get_and_maybe_dequant_weights,
     )
 
-    weight, scale = exact.matrix(8 * 320, HIDDEN, seed=0)
-    layer = build(
-        "ColumnParallelLinear",
-        8,
-        3,
-        dtype=torch.float32,
-        input_size=HIDDEN,
-        output_size=8 * 320,
-        bias=False,
-    )
-    load(layer, {None: (weight, scale)})
+    layer, expected = kv_b_proj(rank=3)
     with rank_of(8, 3, torch.float32):
         layer.quant_method.process_weights_after_loading(layer)
         raw = get_and_maybe_dequant_weights(layer)
-    expected = dequantize(weight, scale)[3 * 320 : 4 * 320]
     assert raw.shape == expected.shape
-    # Each is multiplied by 448 and by 1 / 448, and added to zeros.
-    torch.testing.assert_close(raw, expected, rtol=4 * 2.0**-24, atol=0)
+    torch.testing.assert_close(raw, expected, **PRODUCTS)
+
+
+@runs_kernels
+def test_mla_for_amx_reads_raw_weights_without_padding(monkeypatch):
+    """It reads the stored weight by itself from 0.31 on."""
+    amx_mla = pytest.importorskip("vllm.v1.attention.backends.mla.amx_mla")
+    from vllm.platforms import current_platform
+
+    layer, expected = kv_b_proj(rank=3)
+    layer._cpu_skip_gemm_dispatch = True  # As MLAAttention marks it.
+    mla = object.__new__(amx_mla.AMXMLAImpl)
+    mla.kv_b_proj, mla.kv_lora_rank, mla.num_heads = layer, HIDDEN, 2
+    mla.qk_nope_head_dim, mla.v_head_dim = 96, 64
+    packed = []
+    pack = "convert_weight_packed"
+    monkeypatch.setattr(torch.ops._C, pack, packed.append, raising=False)
+    with rank_of(8, 3, torch.float32):
+        with monkeypatch.context() as patch:
+            patch.setattr(current_platform, "is_cpu", lambda: True)
+            layer.quant_method.process_weights_after_loading(layer)
+        mla.process_weights_after_loading(torch.float32)
+    heads = expected.view(2, 96 + 64, HIDDEN)
+    torch.testing.assert_close(packed[0], heads[:, :96].transpose(1, 2), **PRODUCTS)
+    torch.testing.assert_close(packed[1], heads[:, 96:], **PRODUCTS)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ BACKENDS = (
     "flashinfer_trtllm",
     "flashinfer_cutlass",
     "marlin",
+    "humming",
 )
 
 
@@ -62,9 +63,12 @@ def test_other_layers_are_stock(plugin, stock_class, total, tp_size, kwargs):
         assert param.weight_loader.__func__ is stock_param.weight_loader.__func__
 
 
-def test_expert_parallelism_is_stock(plugin, stock_class):
+@pytest.mark.parametrize(
+    "eplb", [{}, {"enable_eplb": True, "num_redundant_experts": 8}]
+)
+def test_expert_parallelism_is_stock(plugin, stock_class, eplb):
     """Even where whole experts end inside a block, as 704 columns do."""
-    kwargs = {"expert_parallel": True, "experts": 8}
+    kwargs = {"expert_parallel": True, "experts": 8, **eplb}
     assert method_class(build(1536, 8, 0, **kwargs)) is stock_class
     assert outcome(build, total=704, **kwargs) == outcome(
         build_stock, total=704, **kwargs

@@ -295,6 +295,18 @@ def test_ranks_are_flattened_over_data_parallelism():
     assert same(stored(layer), stored(expected))
 
 
+def test_loaders_may_take_their_tensors_back():
+    """As fastsafetensors does, whose buffers hold one file after the other."""
+    checkpoint = Checkpoint.random(1536)
+    layer, expected = build(1536, 8, 1), build(1536, 8, 1)
+    load(expected, checkpoint)
+    load(layer, checkpoint)
+    for tensors in (checkpoint.weights, checkpoint.scales):
+        for tensor in tensors.values():
+            tensor.view(torch.uint8).fill_(1)
+    assert same(stored(layer), stored(expected))
+
+
 def test_dummy_weights_need_no_checkpoint():
     layer = build(1536, 8, 1)
     for param in layer.parameters():

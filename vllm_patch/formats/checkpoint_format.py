@@ -11,7 +11,9 @@ logger = init_logger("vllm.fp8_tp_padding")
 
 # The only ones that vLLM has kernels for, but for plain FP8.
 BLOCKS = [128, 128]
-# Part of a method's name -> elements of a group of its weights along an output's sum.
+# Part of the name of a method or of its scheme -> elements of a group of its weights
+# along an output's sum. Scales of whole columns or tensors are never cut, nor what vLLM
+# quantizes by itself after it has cut the weights.
 GROUPS = {"mxfp": 32, "ocp_mx": 32, "nvfp4": 16}
 
 
@@ -74,12 +76,17 @@ class CheckpointFormat:
         exactly what ``stock``, a config's ``get_quant_method``, returns.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 
         if isinstance(layer, RoutedExperts):
             return self._experts_method(stock, config, layer, prefix)
         method = stock(config, layer, prefix)
-        return self.linear(layer, method) if isinstance(layer, LinearBase) else method
+        if not isinstance(layer, LinearBase):
+            return method
+        if isinstance(layer, RowParallelLinear):
+            sizes = layer.input_size, layer.tp_size
+            _name_cut_groups(method, layer, "Row-parallel layers", *sizes)
+        return self.linear(layer, method)
 
     def _experts_method(self, stock: Callable, config, layer, prefix) -> Any:
         from vllm_patch.fp8_tp_padding.methods import experts
@@ -101,17 +108,22 @@ class CheckpointFormat:
 def _stock_experts(stock: Callable, config, layer, prefix) -> Any:
     """Return vLLM's method; say if it cuts groups, which nobody pads."""
     method, moe = stock(config, layer, prefix), layer.moe_config
-    name = type(method).__name__.lower()
-    size = moe.intermediate_size // moe.tp_size
-    for part, group in GROUPS.items():
-        if part in name and size % group and not moe.moe_parallel_config.use_ep:
-            logger.warning_once(
-                "Experts of %d / TP %d = %d columns cut the groups of %d of %s and are "
-                "left to stock vLLM: only FP8 in blocks is padded.",
-                moe.intermediate_size,
-                moe.tp_size,
-                size,
-                group,
-                type(method).__name__,
-            )
+    if not moe.moe_parallel_config.use_ep:
+        _name_cut_groups(method, layer, "Experts", moe.intermediate_size, moe.tp_size)
     return method
+
+
+def _name_cut_groups(method, layer, layers: str, total: int, tp_size: int) -> None:
+    """Warn of layers whose scales belong to groups that tensor parallelism cuts."""
+    size = total // tp_size
+    schemes = (getattr(each, "scheme", None) for each in (method, layer))
+    for each in (method, *schemes, getattr(method, "wkey", None)):
+        name = type(each).__name__
+        for part, group in GROUPS.items():
+            if part in name.lower() and size % group:
+                logger.warning_once(
+                    "%s of %d / TP %d = %d columns cut the groups of %d of %s and are "
+                    "left to stock vLLM: only FP8 in blocks is padded.",
+                    *(layers, total, tp_size, size, group, name),
+                )
+                return

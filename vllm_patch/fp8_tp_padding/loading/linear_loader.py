@@ -85,29 +85,38 @@ def _split(
 ) -> Iterator[torch.Tensor]:
     """Cut a tensor that is fused on disk into its logical shards.
 
+    Scales tell by their number whether weights were quantized before they were fused,
+    each shard on blocks of its own, or after it.
+
     Args:
         fused: ``[rows, ...]``.
         totals: Logical shard -> output elements, in the tensor's order.
         unit: Elements that one row stands for: 1, or a quant block.
 
     Raises:
-        ValueError: It has other rows, or shards share a block of scales.
+        ValueError: It has other rows, or a shard shares one of its blocks.
 
     """
     places = list(pairwise(accumulate(totals.values(), initial=0)))
-    expected = -(-places[-1][1] // unit)
-    if fused.shape[:1] != (expected,):
+    before = [-(-total // unit) for total in totals.values()]
+    after = -(-places[-1][1] // unit)
+    rows = fused.shape[0] if fused.ndim else 0
+    if rows not in (sum(before), after):
+        needed = " or ".join(map(str, sorted({after, sum(before)})))
         raise ValueError(
             f"is fused on disk and has shape {tuple(fused.shape)}, but logical shards "
-            f"{list(totals)} need {expected} rows. Use a checkpoint with separate "
-            "tensors, or one that was quantized after they were fused."
+            f"{list(totals)} need {needed} rows. Check the layer's sizes and "
+            "weight_block_size in config.json against the checkpoint."
         )
+    if rows != after:
+        yield from fused.split(before)
+        return
     for index, (start, end) in zip(totals, places, strict=True):
         # A shard inside one block has that block's scale.
         if start % unit and start // unit != (end - 1) // unit:
             raise ValueError(
                 f"is fused on disk, and logical shard {index} starts at row {start}, "
-                f"inside a quant block of {unit}: its scales cannot be told apart. Use "
-                "a checkpoint with separate tensors."
+                f"inside a quant block of {unit}, and ends in another one, which is "
+                "not supported. Use a checkpoint with separate tensors."
             )
         yield fused[start // unit : -(-end // unit)]

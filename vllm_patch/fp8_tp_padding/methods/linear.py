@@ -9,6 +9,7 @@ import torch
 
 import vllm.envs as envs
 from vllm.model_executor.kernels.linear import (
+    HummingFP8ScaledMMLinearKernel,
     MarlinFP8ScaledMMLinearKernel,
     MMLinearKernel,
 )
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from vllm.platforms import current_platform
 
 from ..kernels.columns import PaddedColumns, RealColumns
 from ..kernels.input_quant import PaddedQuantFP8, quantizing_kernel
@@ -26,6 +28,9 @@ from ..slices.linear_layout import LinearLayout, has_stock_loader, linear_layout
 from ..slices.window import Window
 from . import engagement
 from .store import Padded
+
+# They take their sizes from the layer, where LoRA reads the real ones.
+READ_SIZES = (HummingFP8ScaledMMLinearKernel, MarlinFP8ScaledMMLinearKernel)
 
 
 def cut_layout(
@@ -50,13 +55,18 @@ def cut_linear_method(
     return CutFp8LinearMethod.made_of(Fp8LinearMethod(quant_config), layout)
 
 
+def _set_sizes(layer, columns: int, outputs: list[int]) -> None:
+    layer.input_size_per_partition = columns
+    layer.output_size_per_partition = sum(outputs)
+    layer.output_partition_sizes = outputs
+
+
 class PaddedLayer:
     """A layer to a kernel that reads the sizes of its weight from it."""
 
-    def __init__(self, layer: torch.nn.Module, columns: int, rows: int):
+    def __init__(self, layer: torch.nn.Module, columns: int, outputs: list[int]):
         self._layer = layer
-        self.input_size_per_partition = columns
-        self.output_size_per_partition = rows
+        _set_sizes(self, columns, outputs)
 
     def __getattr__(self, name: str):
         return getattr(self._layer, name)
@@ -118,8 +128,7 @@ class CutLinear:
         )
         # The real ones, by which vLLM allocates the bias.
         layer.logical_widths = output_partition_sizes
-        rows = sum(output_partition_sizes)
-        self._set_sizes(layer, input_size_per_partition, rows)
+        _set_sizes(layer, input_size_per_partition, output_partition_sizes)
         self._real_columns = RealColumns(outputs)
         self._choose_kernel(layer, inputs)
         sliced = self.sliced_tensors()
@@ -136,10 +145,9 @@ class CutLinear:
         self._pad = None
         kernel = self.chosen_kernel(layer)
         self._padded_sizes = None
-        if isinstance(kernel, MarlinFP8ScaledMMLinearKernel):
-            # It takes its sizes from the layer, where LoRA reads the real ones.
-            rows = sum(window.span for window in self.layout.output_windows())
-            self._padded_sizes = inputs.span, rows
+        if isinstance(kernel, READ_SIZES):
+            outputs = [window.span for window in self.layout.output_windows()]
+            self._padded_sizes = inputs.span, outputs
         self._quantizing = quantizing_kernel(kernel, inputs)
         if self._quantizing is not None:
             quant_fp8 = PaddedQuantFP8(self._quantizing.quant_fp8, inputs)
@@ -150,17 +158,22 @@ class CutLinear:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         engagement.report(layer.tp_rank)
         self._tensors.check_loaded(layer)
-        real = layer.input_size_per_partition, layer.output_size_per_partition
+        real = layer.input_size_per_partition, layer.output_partition_sizes
         if self._padded_sizes is not None:
-            self._set_sizes(layer, *self._padded_sizes)
-        bias = layer.bias
+            _set_sizes(layer, *self._padded_sizes)
+        bias, has_bias = layer.bias, layer.has_bias
         if not self.layout.pads_input:
-            # Marlin would permute it for the padded output; apply() adds it later.
-            layer.bias = None
+            # Kernels would permute it for the padded output; apply() adds it later.
+            layer.bias, layer.has_bias = None, False
         super().process_weights_after_loading(layer)
-        self._set_sizes(layer, *real)
+        _set_sizes(layer, *real)
         if not self.layout.pads_input:
-            layer.bias = bias
+            layer.bias, layer.has_bias = bias, has_bias
+        is_read_by_mla = getattr(layer, "_cpu_skip_gemm_dispatch", False)
+        if is_read_by_mla and current_platform.is_cpu():
+            # MLA's kernels for AMX take a weight with blocks from kv_b_proj as it is
+            # stored; one without, by way of apply().
+            layer.weight_block_size = None
 
     def apply(
         self,
@@ -203,11 +216,6 @@ class CutLinear:
             shards = [d for d in cut if d == dimension]
             bytes_each = rows if layout.pads_input else columns
             engagement.record(size, len(shards) * bytes_each)
-
-    @staticmethod
-    def _set_sizes(layer: torch.nn.Module, columns: int, rows: int) -> None:
-        layer.input_size_per_partition = columns
-        layer.output_size_per_partition = rows
 
 
 @register_weight_loader_v2_supported_method

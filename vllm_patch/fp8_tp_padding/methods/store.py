@@ -56,5 +56,8 @@ def store_for(
         return Compact()
     kernels = oracle.backend_to_kernel_cls(backend) if experts_cls else []
     reasons = [k.why_padded(moe) for k in kernels if hasattr(k, "why_padded")]
-    name = getattr(experts_cls, "__name__", None)
-    return Padded(next(iter(reasons), None) or f"{name} takes whole blocks")
+    if reason := next(iter(reasons), None):
+        return Padded(reason)
+    if experts_cls is None:
+        return Padded("vLLM has no kernel for them here")
+    return Padded(f"{experts_cls.__name__} takes whole blocks")

@@ -134,9 +134,14 @@ def _qkv(layer: QKVParallelLinear, block: int) -> tuple[Dimension, ...]:
 
 def has_stock_loader(layer: torch.nn.Module) -> bool:
     """Whether the layer places its shards as vLLM's own classes do."""
-    return type(layer).weight_loader_v2 in (
-        RowParallelLinear.weight_loader_v2,
-        ColumnParallelLinear.weight_loader_v2,
-        MergedColumnParallelLinear.weight_loader_v2,
-        QKVParallelLinear.weight_loader_v2,
+    kind = type(layer)
+    return any(
+        kind.weight_loader is stock.weight_loader
+        and kind.weight_loader_v2 is stock.weight_loader_v2
+        for stock in (
+            RowParallelLinear,
+            ColumnParallelLinear,
+            MergedColumnParallelLinear,
+            QKVParallelLinear,
+        )
     )
