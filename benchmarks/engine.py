@@ -18,6 +18,9 @@ First, with a small checkpoint of the same layers, the rank's logits of ``this``
 compared with those of ``padded``: they may differ as much as those of ``refined`` do,
 or, where stock refuses, by 2**-5.
 
+``--no-compile`` serves prompts of 1 to 16384 tokens instead, while vLLM's monitor makes
+an error of each kernel that compiles after the start.
+
 Other ranks' work and communication are left out: what a step's all-reduces would take,
 by a model (``communication.py``), is a column of the rows. ``--resume`` goes on with a
 file of rows. Exits with 1 if ``this`` fails anywhere or its logits do.
@@ -72,6 +75,7 @@ ENVIRONMENT = {
 }
 RANDOM_ROUTING = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
 TOLERATED = 2**-5
+SWEEP = [*range(1, 1025), *range(1025, 16384, 61), 16384]
 CHECKED = {"num_hidden_layers": 2, "vocab_size": 8192}
 SECONDS = 900
 
@@ -127,13 +131,17 @@ def main(argv: list[str] | None = None) -> int:
     with open(args.csv, "a" if done else "w", newline="") as file:
         rows = Rows(file, common, header=[*done[0]] if done else None)
         for model in args.models:
+            if args.no_compile:
+                problems += _sweep(model, args)
+                continue
             if not args.no_check and not _has(done, model, "check"):
                 problems += _check(model, args, rows)
             for mode in args.modes:
                 for way in args.ways:
                     if not _has(done, model, mode, way):
                         problems += _measure(model, mode, way, args, rows)
-    _report(_read(args.csv))
+    if not args.no_compile:
+        _report(_read(args.csv))
     print(f"\n{len(problems)} problems", *problems, sep="\n")
     return 1 if problems else 0
 
@@ -146,6 +154,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--modes", nargs="+", choices=MODES, default=["compiled", "graphs"])
     add("--contexts", nargs="+", type=int, choices=BATCHES, default=[*BATCHES])
     add("--layers", type=int, help="of the model (default: all)")
+    add("--no-compile", action="store_true", help="nothing compiles after the start")
     add("--no-check", action="store_true", help="do not compare logits first")
     add("--resume", action="store_true", help="leave out what is in the file of rows")
     add("--csv", default="engine.csv", help="file for the rows (default: engine.csv)")
@@ -275,7 +284,36 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm(dim=-1) / other.norm(dim=-1)).max().item()
 
 
+# -- compilation --------------------------------------------------------------------
+
+
+def _sweep(model: Model, args: argparse.Namespace) -> list[str]:
+    """Serve prompts of many lengths; return what compiled after the start."""
+    problems = []
+    for mode in args.modes:
+        spec = spec_of(model, mode, "this", sweep=SWEEP)
+        spec["engine"]["jit_monitor_mode"] = "error"
+        try:
+            _random_weights(model, args.layers or 2, "this", spec)
+        except RowFailed as error:
+            problems.append(f"{model.name}, {mode}: {error}")
+        else:
+            print(f"{model.name}, {mode}: {len(SWEEP)} prompts compiled nothing")
+    return problems
+
+
 # -- time -------------------------------------------------------------------------
+
+
+def _random_weights(
+    model: Model, layers: int | None, way: str, spec: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what a process finds out with random weights and random routing."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model.config(layers)))
+        dummy = {"load_format": "dummy", "gpu_memory_utilization": 0.85}
+        spec["engine"].update(model=folder, **dummy)
+        return _process(spec, {**RANDOM_ROUTING, **WAYS[way].environment})
 
 
 def _measure(
@@ -291,15 +329,10 @@ def _measure(
     )
     started = time.monotonic()
     print(f"{model.name}, {mode}, {way} ...", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        config = model.config(args.layers)
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        dummy = {"load_format": "dummy", "gpu_memory_utilization": 0.85}
-        spec["engine"].update(model=folder, **dummy)
-        try:
-            found = _process(spec, {**RANDOM_ROUTING, **WAYS[way].environment})
-        except RowFailed as error:
-            found = {"rows": [{"measure": "error", "value": str(error)}]}
+    try:
+        found = _random_weights(model, args.layers, way, spec)
+    except RowFailed as error:
+        found = {"rows": [{"measure": "error", "value": str(error)}]}
     for each in found["rows"]:
         each["experts"] = found.get("experts", "")
         rows.add(_row(model, mode, way, args, each))

@@ -88,6 +88,10 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     say(f"engine is up after {seconds:.0f} s")
     if "logits" in spec:
         torch.save(logits(engine), spec["logits"])
+    for length in spec.get("sweep", ()):
+        engine.add(length, tokens=2)
+        for _ in engine.steps():
+            pass
     measured = [{"measure": "load_s", "value": seconds}, *sizes(engine)]
     for prompt in spec.get("prefill", ()):
         measured.append(prefill(engine, prompt))

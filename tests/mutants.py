@@ -108,6 +108,18 @@ MUTANTS = (
         "tl.load(gate_scale_ptr + block).to(tl.bfloat16).to(tl.float32)",
     ),
     Mutant(
+        "launches: another tensor's address",
+        "kernels/launches.py",
+        "values[parameter] = addresses[tensor]",
+        "values[parameter] = addresses[tensor - 1]",
+    ),
+    Mutant(
+        "launches: addresses that no binary is for",
+        "kernels/launches.py",
+        "if _are_aligned(addresses) else None",
+        "if addresses else None",
+    ),
+    Mutant(
         "experts: down sums in bfloat16",
         "kernels/masked_kernels.py",
         "out += partial * _per_pair(scale, SWAP)",

@@ -43,6 +43,7 @@ class Processes:
     def __init__(self):
         self.told = []
         self.failing: set[str] = set()
+        self.layers = 94
         self.logits = {"this": 1.001, "padded": 1.0, "refined": 1.01}
 
     def __call__(self, spec, variables):
@@ -64,7 +65,7 @@ class Processes:
             torch.save(torch.full((2, 8), self.logits[way]), spec["logits"])
             return {"rows": []}
         config = json.loads(Path(spec["engine"]["model"], "config.json").read_text())
-        assert config["num_hidden_layers"] == 94
+        assert config["num_hidden_layers"] == self.layers
         factor = 1 if way == "this" else 1.5
         rows = [
             {"measure": "decode_ms", "tokens": n, "context": 1024, "value": factor * n}
@@ -151,6 +152,18 @@ def test_resuming_leaves_out_what_is_there(run, processes):
     assert code == 0
     assert [way for way, *_ in processes.told] == ["this", "padded", "refined", "ep"]
     assert after[: len(before)] == before and len(after) == len(before) + 4 * 3
+
+
+def test_what_compiles_while_serving_is_a_problem(run, processes, capsys):
+    processes.layers = 2
+    assert run("--no-compile") == (0, [])
+    (way, spec, variables), _ = processes.told
+    assert way == "this" and spec["engine"]["jit_monitor_mode"] == "error"
+    assert spec["sweep"][0] == 1 and spec["sweep"][-1] == 16384
+    said = f"compiled: {len(engine.SWEEP)} prompts compiled nothing"
+    assert said in capsys.readouterr().out
+    processes.failing = {"this"}
+    assert run("--no-compile")[0] == 1
 
 
 def test_the_report_and_the_plot(run, capsys, tmp_path):
