@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.cli.test_model_config import QWEN3_MOE
-from vllm_patch import plugin
+from vllm_patch import plugin, releases
 from vllm_patch.cli import engine_process, parity
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
@@ -291,11 +291,11 @@ def test_a_terminated_run_leaves_nothing_behind(tmp_path, number):
     (tmp_path / "model" / "config.json").write_text(QWEN3_MOE.read_text())
     script = f"""
 import signal, sys
-from vllm_patch import plugin
+from vllm_patch import plugin, releases
 from vllm_patch.cli import engine_process, main
 # Under nohup it is ignored, as it then should be.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-plugin.unsupported = lambda: None
+plugin.unsupported = lambda version: None
 engine_process.sys.executable = {str(child)!r}
 sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8"]))
 """
@@ -468,8 +468,6 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch, run_s
 
 
 def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):
-    import vllm
-
-    monkeypatch.setattr(vllm, "__version__", "0.1.0")
+    monkeypatch.setattr(releases, "installed", lambda: "0.1.0")
     assert run(model) == 2
     assert "this is vLLM 0.1.0, and 0.26.0 to 0.33.0" in capsys.readouterr().err

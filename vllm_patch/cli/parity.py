@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_patch import __version__, plugin
+from vllm_patch import __version__, plugin, releases
 from vllm_patch.cli import UsageError, engine_process
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
 from vllm_patch.cli.model_config import ModelConfig
@@ -128,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--engine-args sets {name}, which parity chooses for each run: use "
             "--model, --config and --tp."
         )
-    if problem := plugin.unsupported():
+    if problem := plugin.unsupported(releases.installed()):
         raise UsageError(problem)
 
 
