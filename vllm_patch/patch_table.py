@@ -5,7 +5,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Patch:
         without: What becomes of layers if only this row cannot be applied; without
             that, vLLM stays stock.
         since: The first release that has the target.
+        earlier: The wrapper in releases before that, if they have it in another form.
 
     """
 
@@ -46,6 +47,7 @@ class Patch:
     link: str = ISSUE
     without: str = ""
     since: str = releases.SUPPORTED[0]
+    earlier: Callable | None = None
 
     @property
     def target(self) -> str:
@@ -54,6 +56,12 @@ class Patch:
     def is_of(self, vllm_version: str) -> bool:
         """Whether a release has the target."""
         return Version(vllm_version) >= Version(self.since)
+
+    def form_of(self, vllm_version: str) -> "Patch | None":
+        """Return the row as it is in a release, or None."""
+        if self.is_of(vllm_version):
+            return self
+        return self.earlier and replace(self, wrapper=self.earlier)
 
 
 def _format_row(
@@ -72,6 +80,7 @@ def _format_row(
         without=f"layers of {name} checkpoints that are cut inside a quant block stay "
         "stock",
         since=since,
+        earlier=formats.with_reasons(since),
     )
 
 

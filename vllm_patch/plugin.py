@@ -44,11 +44,10 @@ def register() -> None:
         _stay_stock(problem)
         return
     _active = True
-    for patch in PATCHES:
-        if patch.is_of(version):
-            wrapt.register_post_import_hook(
-                functools.partial(_on_import, patch), patch.module
-            )
+    for patch in filter(None, (each.form_of(version) for each in PATCHES)):
+        wrapt.register_post_import_hook(
+            functools.partial(_on_import, patch), patch.module
+        )
     if _active:
         # Read once: a wrong value must stop the start, not the loading of weights.
         importlib.import_module("vllm.envs").VLLM_FP8_TP_PADDING  # noqa: B018

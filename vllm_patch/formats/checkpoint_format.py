@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm_patch.wrappers import OFF
+
+from .left_to_stock import IS_OFF, SMALLER_TP, explain, explained
 
 logger = init_logger("vllm.fp8_tp_padding")
 
@@ -28,7 +32,34 @@ def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):
     from vllm_patch.fp8_tp_padding.methods.linear import cut_layout
 
     layout = cut_layout(blocks, layer)
-    return method if layout is None else extended.made_of(method, layout)
+    if layout is not None:
+        return extended.made_of(method, layout)
+    if why := why_left(blocks, layer):
+        explain(method, layer.prefix, why)
+    return method
+
+
+def why_left(blocks: Sequence[int] | None, layer) -> str | None:
+    """Return why a linear layer that is cut is left to stock vLLM; None if it is not.
+
+    Args:
+        blocks: The quant blocks of its weight.
+        layer: The layer, for which ``cut_layout`` is None.
+
+    """
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm_patch.fp8_tp_padding.slices.linear_layout import linear_layout
+
+    if blocks is None:
+        return None
+    layout = linear_layout(layer, blocks[isinstance(layer, RowParallelLinear)])
+    if layout is None or not layout.is_cut:
+        return None
+    if envs.VLLM_FP8_TP_PADDING == OFF:
+        return IS_OFF
+    if blocks[0] != blocks[1]:
+        return f"the blocks {list(blocks)} are not square. {SMALLER_TP}."
+    return f"{type(layer).__name__} loads weights in a way of its own. {SMALLER_TP}."
 
 
 def linear_of_schemes(stock: type, extended: type, *schemes: type) -> Callable:
@@ -86,25 +117,43 @@ class CheckpointFormat:
 
         blocks, moe = self.blocks(config), layer.moe_config
         if not experts.is_cut(blocks, moe):
-            return _stock_experts(stock, config, layer, prefix)
+            why = IS_OFF if experts.cuts_blocks(blocks, moe) else None
+            return self._stock_experts(stock, config, layer, prefix, why)
         # Only vLLM knows whether it quantizes this layer, and it may refuse the
         # cut size before it says so: ask it about the padded one.
         with experts.cut_sizes(blocks, moe):
             method = stock(config, layer, prefix)
         extended = self.experts.get(type(method))
         is_of_format = extended is not None and method.weight_block_size == blocks
-        if not is_of_format or experts.is_left_to_stock(blocks, layer):
-            return _stock_experts(stock, config, layer, prefix)
+        if not is_of_format:
+            why = f"it does not pad {type(method).__name__}. {SMALLER_TP}."
+            return self._stock_experts(stock, config, layer, prefix, why)
+        if experts.is_left_to_stock(blocks, layer):
+            reason = experts.obstacle(blocks, layer)
+            why = f"{reason}. {SMALLER_TP}, or expert parallelism."
+            return self._stock_experts(stock, config, layer, prefix, why)
         return extended.made_of(method, layer)
 
+    def _stock_experts(
+        self, stock: Callable, config, layer, prefix, why: str | None
+    ) -> Any:
+        """Return vLLM's method, whose errors tell why it has cut experts."""
+        with explained(prefix, why):
+            method = stock(config, layer, prefix)
+        if not isinstance(method, tuple(self.experts)):
+            why = cut_groups(method, layer.moe_config)
+        if why:
+            explain(method, prefix, why)
+        return method
 
-def _stock_experts(stock: Callable, config, layer, prefix) -> Any:
-    """Return vLLM's method; say if it cuts groups, which nobody pads."""
-    method, moe = stock(config, layer, prefix), layer.moe_config
-    name = type(method).__name__.lower()
+
+def cut_groups(method, moe) -> str | None:
+    """Return, and warn, that experts cut groups, which nobody pads."""
+    name = type(method).__name__
     size = moe.intermediate_size // moe.tp_size
     for part, group in GROUPS.items():
-        if part in name and size % group and not moe.moe_parallel_config.use_ep:
+        cuts = size % group and not moe.moe_parallel_config.use_ep
+        if part in name.lower() and cuts:
             logger.warning_once(
                 "Experts of %d / TP %d = %d columns cut the groups of %d of %s and are "
                 "left to stock vLLM: only FP8 in blocks is padded.",
@@ -112,6 +161,10 @@ def _stock_experts(stock: Callable, config, layer, prefix) -> Any:
                 moe.tp_size,
                 size,
                 group,
-                type(method).__name__,
+                name,
             )
-    return method
+            return (
+                f"it pads FP8 in blocks only, not groups of {group}. Use a tensor-"
+                "parallel size that keeps groups whole, or expert parallelism."
+            )
+    return None
