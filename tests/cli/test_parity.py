@@ -265,15 +265,20 @@ def test_a_config_that_no_checkpoint_can_be_written_for(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("torn")])
-def test_what_goes_wrong_is_not_a_verdict(engine, model, monkeypatch, capsys, error):
-    """Python's own exit code would say "no parity"."""
+def test_what_goes_wrong_is_not_a_verdict(
+    engine, model, monkeypatch, tmp_path, capsys, error
+):
+    """Python's own exit code would say "no parity", and an earlier result something."""
+    out = tmp_path / "out.json"
+    out.write_text('{"parity": true}')
 
     def fail(*_args):
         raise error
 
     monkeypatch.setattr(engine_process, "run", fail)
-    assert run(model) == 2
+    assert run(model, "--json", str(out)) == 2
     assert str(error) in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_model_that_is_not_here(engine, capsys):

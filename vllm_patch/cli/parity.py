@@ -5,11 +5,12 @@ import argparse
 import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_patch import __version__, plugin, releases
-from vllm_patch.cli import UsageError, engine_process
+from vllm_patch.cli import UsageError, engine_process, remove
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
@@ -81,25 +82,42 @@ def run(args: argparse.Namespace) -> int:
     if args.layers:
         config = config.with_layers(args.layers)
     runs = Runs(args, config, _on_cpu())
-    if args.json:  # Before an hour of runs, and no earlier result is left.
-        args.json.write_text("")
+    with _result_file(args.json):
+        verdict = _judge(runs, config, args)
+        print(verdict.table())
+        if args.json:
+            report = {
+                "vllm_patch": __version__,
+                "config": str(config_file),
+                "tp": args.tp,
+                "layers": args.layers,
+                **verdict.report(),
+            }
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return verdict.code
+
+
+def _judge(runs: Runs, config: ModelConfig, args: argparse.Namespace) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="vllm-patch-parity-") as temporary:
         work = Path(temporary)
         logs = args.logs or work
         logs.mkdir(parents=True, exist_ok=True)
         processes = runs.processes(work)
-        verdict = Verdict(_run_all(processes, config, logs, args.timeout))
-    print(verdict.table())
-    if args.json:
-        report = {
-            "vllm_patch": __version__,
-            "config": str(config_file),
-            "tp": args.tp,
-            "layers": args.layers,
-            **verdict.report(),
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return verdict.code
+        return Verdict(_run_all(processes, config, logs, args.timeout))
+
+
+@contextlib.contextmanager
+def _result_file(file: Path | None) -> Iterator[None]:
+    """Try to write before an hour of runs; leave no file that is not this result."""
+    if file:
+        file.write_text("")
+    try:
+        yield
+    except BaseException:
+        # Not what a shell opened, such as /dev/stdout.
+        if file and file.is_file() and not file.is_symlink():
+            remove([file], set())
+        raise
 
 
 def _on_cpu() -> bool:

@@ -1,0 +1,75 @@
+"""A signal at any moment leaves a command's files as they were, or all written."""
+
+import itertools
+import signal
+import sys
+from functools import partial
+
+import pytest
+
+from tests.cli.test_apply import snapshot
+from vllm_patch.cli import apply, series
+from vllm_patch.cli.main import main
+
+
+def interrupted(moment: int, module, command) -> bool:
+    """Send this process a SIGINT before the nth line that a module runs of a command.
+
+    Returns:
+        False if it ended before that.
+
+    """
+    lines = itertools.count()
+
+    def trace(frame, event, _argument):
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        if event == "line" and next(lines) == moment:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        command()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return next(lines) > moment
+
+
+def test_apply(tmp_path):
+    """One file that changes, one that comes with its folder, one that goes."""
+    files = {"old": b"new", "folder/new": b"new", "gone/file": None}
+    after = {"old": b"new", "folder": None, "folder/new": b"new"}
+    for moment in itertools.count():
+        tree = tmp_path / str(moment)
+        (tree / "gone").mkdir(parents=True)
+        for name in ("old", "gone/file"):
+            (tree / name).write_bytes(b"old")
+        before = snapshot(tree)
+        came = interrupted(moment, apply, partial(apply._write_all, tree, files))
+        assert snapshot(tree) in (before, after), moment
+        if not came:
+            break
+    assert moment > 50
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_series(tmp_path, release, exists):
+    main(["series", release, str(tmp_path / "whole")])
+    whole, found = snapshot(tmp_path / "whole"), []
+    for moment in itertools.count():
+        folder = tmp_path / "new" / str(moment)
+        if exists:
+            folder.mkdir(parents=True)
+        command = ["series", release, str(folder)]
+        came = interrupted(moment, series, partial(main, command))
+        found.append(snapshot(folder) if folder.exists() else None)
+        if not came:
+            break
+    nothing = {} if exists else None
+    assert all(left in (nothing, whole) for left in found)
+    assert found[0] == nothing and found[-1] == whole and moment > 20
