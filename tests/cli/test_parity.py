@@ -221,6 +221,7 @@ def test_runs_by_other_operators_are_not_compared(engine, model, capsys, other):
         (["--logs", f"{__file__}/logs"], "Not a directory: '"),
         (["--timeout", "0"], "--timeout 0.0: give a positive number"),
         (["--tp", "4"], "--tp 4 keeps the quant blocks of"),
+        (["--tp", "1000000000"], "--tp 1000000000 does not divide"),
         (["--tp", "7"], "--tp 7 does not divide moe_intermediate_size = 1536"),
         (["--tp", "16"], "--tp 16 does not divide num_attention_heads = 8"),
         (["--engine-args", '{"model": "x"}'], "--engine-args sets model, which parity"),
