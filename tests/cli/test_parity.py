@@ -18,6 +18,7 @@ from vllm_patch.cli.main import main
 
 SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
 OUT_OF_TIME = "no result after 5 s"
+SILENT = "Exception: WorkerProc initialization failed due to an exception in a backgr"
 PADDING = "FP8 layers cut inside quant blocks: 2 MoE layers"
 
 
@@ -445,11 +446,18 @@ def test_an_earlier_runs_result_is_not_this_ones(run_script):
             "echo OSError: [Errno 28] No space left on device; exit 1",
             "OSError: [Errno 28] No space left on device",
         ),
+        (f"echo '(Core) ERROR {SILENT}'; exit 1", SILENT),
     ],
 )
 def test_what_the_machine_ended_is_told_apart(run_script, script, error):
     result = run_script(script)
     assert result.error == error and result.ended_outside
+
+
+def test_a_workers_own_error_is_the_engines(run_script):
+    own = "ValueError: 192 is not divisible"
+    result = run_script(f"echo '(Worker) ERROR {own}\n(Core) ERROR {SILENT}'; exit 1")
+    assert result.error == own and not result.ended_outside
 
 
 def test_what_an_engine_multiplies_by_is_read_from_its_log(run_script):
