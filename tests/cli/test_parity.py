@@ -2,9 +2,12 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import psutil
@@ -466,11 +469,14 @@ def test_what_an_engine_multiplies_by_is_read_from_its_log(run_script):
     assert run_script(f"echo '{log}'").operators == [line]
 
 
-def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch, run_script):
+def test_a_run_that_hangs_is_ended_with_its_workers(
+    tmp_path, monkeypatch, run_script, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0.5)
     result = run_script("sleep 600 & echo $! > worker\nwait", timeout=1)
     assert result.error == "no result after 1 s" and result.ended_outside
+    assert re.fullmatch(r"(      \.\.\. \d+ s\n)+", capsys.readouterr().err)
     # Two small processes, and this one.
     own = psutil.Process().memory_full_info().pss
     assert 1e5 < result.peak_bytes - own < 1e8
@@ -479,6 +485,22 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch, run_s
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:
             os.kill(worker, 0)
+
+
+def test_a_terminal_has_a_clock_and_no_lines(monkeypatch, run_script):
+    ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0)
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(engine_process.sys, "stderr", stderr)
+        assert run_script("sleep 600", timeout=1).ended_outside
+        # The terminal's end is the end of what it was sent.
+        print("end", file=stderr, flush=True)
+        shown = ""
+        while not shown.endswith("end\r\n"):
+            shown += os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "... 00:0" in shown and " s\r\n" not in shown
 
 
 def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):

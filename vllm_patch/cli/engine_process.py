@@ -196,20 +196,26 @@ def _wait(
         False if they had to be killed; the most memory they took, bytes.
 
     """
+    from tqdm import tqdm  # vLLM brings it, too.
+
     started = time.monotonic()
     heartbeat, peak_bytes = started + HEARTBEAT_SECONDS, 0
+    # A clock, on a terminal only.
+    clock = tqdm(bar_format="      ... {elapsed}", leave=False, disable=None)
     try:
         while not signals and time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(POLL_SECONDS)
                 return True, peak_bytes
             peak_bytes = max(peak_bytes, _memory())
+            clock.refresh()
             now = time.monotonic()
-            if now > heartbeat:
+            if clock.disable and now > heartbeat:
                 heartbeat = now + HEARTBEAT_SECONDS
                 say(f"      ... {now - started:.0f} s")
         return False, peak_bytes
     finally:
+        clock.close()
         # A failed engine can leave workers behind, which hold memory.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)

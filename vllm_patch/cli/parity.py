@@ -27,7 +27,10 @@ that cannot be judged."""
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "parity", help="compare the patched engine with stock", description=DESCRIPTION
+        "parity",
+        help="compare the patched engine with stock",
+        description=DESCRIPTION,
+        epilog="example: vllm-patch parity --config config.json --layers 2 --tp 8",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -37,8 +40,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a Hugging Face config.json; a synthetic checkpoint is written for it",
     )
     source.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint folder")
-    parser.add_argument("--tp", type=int, required=True, help="size to patch")
-    parser.add_argument("--baseline-tp", type=int, default=1, help="default 1")
+    # As vLLM spells it, too.
+    spellings = "--tp", "-tp", "--tensor-parallel-size"
+    parser.add_argument(
+        *spellings, type=int, required=True, metavar="N", help="size to patch"
+    )
+    parser.add_argument(
+        "--baseline-tp", type=int, default=1, metavar="N", help="default 1"
+    )
     parser.add_argument(
         "--control-tp",
         type=int,

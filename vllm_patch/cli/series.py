@@ -30,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="write the change as commits for a vLLM release",
         description="Write the commits for a vLLM release, one file each, for `git am "
         "--keep-non-patch` in a checkout of its tag. The same bytes each time.",
+        epilog="example: vllm-patch series 0.33.0 DIR --author 'Me <me@example.org>'",
     )
     parser.add_argument(
         "release", choices=STOCK, metavar="RELEASE", help=", ".join(STOCK)
