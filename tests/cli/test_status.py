@@ -124,6 +124,7 @@ def test_what_variables_do(
             "0.34.0.dev7+g0123456",
             "no: this is vLLM 0.34.0.dev7+g0123456, and 0.26.0 to",
         ),
+        ("dev", "no: this is vLLM dev, and 0.26.0 to"),
         (None, "no: vLLM is not installed in this environment"),
     ],
 )

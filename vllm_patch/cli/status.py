@@ -41,15 +41,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print versions, the patch table and what to do; return 0 if vLLM will pad."""
     version, built_in = releases.installed(), plugin.built_in()
-    rows = [patch for patch in PATCHES if not version or patch.is_of(version)]
+    is_known = version is not None and releases.is_supported(version)
+    rows = [patch for patch in PATCHES if not is_known or patch.is_of(version)]
     problem, remedy = _refusal(version, built_in)
     remarks = {}
     if not problem and not built_in:
         remarks = _by_import(rows) if args.imports else _by_source(rows)
         problem, remedy = _unfit(rows, remarks)
-    padded = (
-        "by vLLM itself, so the plugin stands down" if built_in else "by the plugin"
-    )
+    by = "vLLM itself, so the plugin stands down" if built_in else "the plugin"
     supported = f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"
     for name, value in (
         ("vllm-patch", __version__),
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         ("mode", f"{environment.mode()} ({VARIABLE})"),
         *_gpus(),
         ("plugins", ", ".join(environment.general_plugins()) or "none"),
-        ("active", f"no: {problem}" if problem else f"yes, {padded}"),
+        ("active", f"no: {problem}" if problem else f"yes, by {by}"),
     ):
         print(f"{name:<12}{value}")
     is_replaced = not (problem or built_in)
