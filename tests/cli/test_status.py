@@ -288,7 +288,10 @@ def gpus(tmp_path, monkeypatch):
         ("echo NVIDIA H200 NVL", "1 x NVIDIA H200 NVL: tuned tiles for 128 experts"),
         ("echo NVIDIA L4", "1 x NVIDIA L4: no tuned tiles, a rule for the rest"),
         ("echo no driver; exit 9", "none that nvidia-smi knows"),
-        ("exec sleep 60", "none that nvidia-smi knows"),
+        (
+            f"exec {sys.executable} -c 'import time; time.sleep(20); print(\"late\")'",
+            "none that nvidia-smi knows",
+        ),
     ],
     ids=["two", "variant", "other", "fails", "hangs"],
 )
