@@ -1,5 +1,6 @@
 """Wheel and sdist, built as pip does, in new environments without a package index."""
 
+import ast
 import os
 import re
 import shutil
@@ -170,3 +171,18 @@ def test_the_page_on_an_index(sources, tmp_path, pages):
     assert bool(names) == bool(pages)
     for name in names:
         assert (ROOT / re.split("[?#]", name)[0]).exists()
+
+
+# What typing has since Python 3.11; vLLM 0.26 runs on 3.10, too.
+LATER = {
+    *("LiteralString", "Never", "NotRequired", "Required", "Self", "TypeVarTuple"),
+    *("Unpack", "assert_never", "assert_type", "dataclass_transform", "override"),
+}
+
+
+@pytest.mark.parametrize("package", ["vllm_patch", "tests/fp8_tp_padding"])
+def test_the_oldest_python_has_what_is_imported_of_typing(package):
+    for file in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(), feature_version=(3, 10))):
+            if isinstance(node, ast.ImportFrom) and node.module == "typing":
+                assert not LATER & {name.name for name in node.names}, file

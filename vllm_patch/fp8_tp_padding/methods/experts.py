@@ -4,9 +4,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
 
 import torch
+from typing_extensions import Self
 
 import vllm.envs as envs
 from vllm.logger import init_logger
