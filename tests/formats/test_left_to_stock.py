@@ -28,6 +28,13 @@ def off(monkeypatch):
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
 
 
+def plain(blocks=(128, 128)):
+    """Return the config of plain FP8."""
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
+    return Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[*blocks])
+
+
 def line(layer: str, why: str) -> str:
     return f"vllm_patch left {layer} to stock vLLM: {why}"
 
@@ -154,10 +161,8 @@ def test_rows_of_later_releases_do_not_warn(plugin, caplog):
 
 
 def test_blocks_that_are_not_square(plugin):
-    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
-
     def make():
-        return Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[64, 128])
+        return plain([64, 128])
 
     first, last = raised(build, "RowParallelLinear", TP, 1, quant_config=make, **ROW)
     assert first.startswith(BLOCK_K)
@@ -251,3 +256,25 @@ def test_a_line_is_added_once_and_to_the_error_itself():
         raise error
     assert caught.value is error
     assert str(error) == f"192 is not divisible by 128\n{line('a', 'b')}"
+
+
+@pytest.mark.parametrize("name", ["fp8", *FORMATS])
+def test_a_layer_that_is_left_shares_its_method_with_none(plugin, off, name):
+    """What one config makes for two layers, of which one is cut."""
+    if name != "fp8" and not FORMATS[name].is_in_release:
+        pytest.skip(f"this release has no {name} in FP8 blocks")
+    if name != "fp8" and not FORMATS[name].cut_linear:
+        pytest.skip(f"{name} has no linear layers in FP8 blocks")
+    configs = []
+
+    def make():
+        if not configs:
+            configs.append(FORMATS[name].quant_config() if name != "fp8" else plain())
+        return configs[0]
+
+    raised(build, "RowParallelLinear", TP, 1, quant_config=make, **ROW)
+    whole = {**ROW, "input_size": 1024}
+    layer = build("RowParallelLinear", TP, 1, quant_config=make, **whole)
+    method = layer.quant_method
+    method = getattr(getattr(method, "scheme", None), "linear_method", method)
+    assert "create_weights" not in vars(method)
