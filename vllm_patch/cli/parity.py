@@ -118,9 +118,9 @@ def _judge(runs: Runs, config: ModelConfig, args: argparse.Namespace) -> Verdict
 @contextlib.contextmanager
 def _result_file(file: Path | None) -> Iterator[None]:
     """Try to write before an hour of runs; leave no file that is not this result."""
-    if file:
-        file.write_text("")
     try:
+        if file:
+            file.write_text("")
         yield
     except BaseException:
         # Not what a shell opened, such as /dev/stdout.
