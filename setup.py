@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-HERE = Path(__file__).parent
-VERSION = re.search(
-    r'__version__ = "(.+)"', (HERE / "vllm_patch" / "__init__.py").read_text()
-).group(1)
+README = Path(__file__).parent / "README.md"
+# Where a release shows the files that the README names, for the page on an index, such
+# as https://github.com/OWNER/vllm-patch/blob/v0.1.0. Without it the page has no links.
+PAGES = os.environ.get("VLLM_PATCH_PAGES", "").rstrip("/")
+
+
+def absolute(link: re.Match) -> str:
+    """Return a Markdown link to a file of this repository as one from anywhere."""
+    image, words, target = link.groups()
+    if not PAGES:
+        return "" if image else words
+    target = f"README.md{target}" if target.startswith("#") else target
+    return f"{image}[{words}]({PAGES}/{target}{'?raw=true' if image else ''})"
+
 
 setup(
     name="vllm-patch",
-    version=VERSION,
     description="Run block-FP8 models in vLLM at any tensor-parallel size",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=re.sub(
+        r"(!?)\[([^]]*)\]\((?!https?:)([^)]+)\)", absolute, README.read_text()
+    ),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

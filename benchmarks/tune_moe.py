@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain, product
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import triton
+from tqdm import tqdm
 
 from benchmarks.graph_timing import capture, microseconds
 from benchmarks.quantized import BLOCK, FP8
@@ -188,17 +190,18 @@ def main() -> None:
     sizes = arguments()
     processes = min(14, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(
-            compile_some, [(sizes, first, processes) for first in range(processes)]
-        )
+        parts = [(sizes, first, processes) for first in range(processes)]
+        done = pool.imap_unordered(compile_some, parts)
+        deque(tqdm(done, "compiling", total=processes, disable=None), maxlen=0)
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     layer = Layer(sizes)
     config: dict[str, object] = {"triton_version": triton.__version__}
-    for tokens in sizes.tokens:
+    for tokens in tqdm(sizes.tokens, "tuning", disable=None):
         tiles, time = tune(layer, tokens)
         config[str(tokens)] = asdict(tiles)
-        print(f"{tokens:6} tokens {time:8.1f} us  {tiles}", flush=True)
+        with tqdm.external_write_mode():
+            print(f"{tokens:6} tokens {time:8.1f} us  {tiles}", flush=True)
     sizes.out.mkdir(exist_ok=True)
     file = sizes.out / config_name(sizes.experts, layer.shard.size)
     # A line for each number of tokens.

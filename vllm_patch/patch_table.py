@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is replaced in vLLM, why, and until when."""
 
+import ast
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -31,6 +33,7 @@ class Patch:
         without: What becomes of layers if only this row cannot be applied; without
             that, vLLM stays stock.
         since: The first release that has the target.
+        earlier: The wrapper in releases before that, if they have it in another form.
 
     """
 
@@ -44,6 +47,7 @@ class Patch:
     link: str = ISSUE
     without: str = ""
     since: str = releases.SUPPORTED[0]
+    earlier: Callable | None = None
 
     @property
     def target(self) -> str:
@@ -52,6 +56,12 @@ class Patch:
     def is_of(self, vllm_version: str) -> bool:
         """Whether a release has the target."""
         return Version(vllm_version) >= Version(self.since)
+
+    def form_of(self, vllm_version: str) -> "Patch | None":
+        """Return the row as it is in a release, or None."""
+        if self.is_of(vllm_version):
+            return self
+        return self.earlier and replace(self, wrapper=self.earlier)
 
 
 def _format_row(
@@ -70,6 +80,7 @@ def _format_row(
         without=f"layers of {name} checkpoints that are cut inside a quant block stay "
         "stock",
         since=since,
+        earlier=formats.with_reasons(since),
     )
 
 
@@ -179,14 +190,13 @@ def revert(patch: Patch) -> None:
     """
     if patch.name not in _applied:
         return
-    original, replacement = _applied[patch.name]
-    owner, leaf = _owner(patch)
-    current = vars(owner)[leaf]
-    if current is not replacement:
+    if other := put_on_top(patch):
         raise UnexpectedTarget(
-            f"{patch.target} was replaced by {_name(current)} after vllm_patch did, "
-            "so it cannot be put back"
+            f"{patch.target} was replaced by {other} after vllm_patch did, so it "
+            "cannot be put back"
         )
+    original, _ = _applied[patch.name]
+    owner, leaf = _owner(patch)
     setattr(owner, leaf, original)
     del _applied[patch.name]
 
@@ -204,11 +214,56 @@ def check(patch: Patch) -> None:
             f"{patch.target} was already replaced by {_name(original)}, so vllm_patch "
             "leaves it alone"
         )
-    found = tuple(inspect.signature(original).parameters)
+    _check_parameters(patch, tuple(inspect.signature(original).parameters))
+
+
+def check_source(patch: Patch, package: Path) -> None:
+    """Raise UnexpectedTarget if the row's target is another in vLLM's source.
+
+    Nothing is imported, so what another plugin replaces at run time does not show.
+
+    Args:
+        patch: A row that the release has.
+        package: vLLM's folder.
+
+    """
+    file = package.joinpath(*patch.module.split(".")[1:])
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    found = ast.parse(file.read_bytes()) if file.is_file() else None
+    for part in patch.attribute.split("."):
+        body = getattr(found, "body", [])
+        found = next((node for node in body if part in _names(node)), None)
+    if found is None:
+        raise UnexpectedTarget(f"{patch.target} does not exist")
+    if isinstance(found, ast.FunctionDef):
+        kinds = found.args
+        in_order = *kinds.posonlyargs, *kinds.args, kinds.vararg, *kinds.kwonlyargs
+        parameters = (*in_order, kinds.kwarg)
+        _check_parameters(patch, tuple(each.arg for each in parameters if each))
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """Return what a statement defines."""
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = getattr(node, "targets", None) or [node.target]
+        return [target.id for target in targets if isinstance(target, ast.Name)]
+    return [getattr(node, "name", "")]
+
+
+def _check_parameters(patch: Patch, found: tuple[str, ...]) -> None:
     if found != patch.parameters:
         raise UnexpectedTarget(
             f"{patch.target} takes {found}, expected {patch.parameters}"
         )
+
+
+def put_on_top(patch: Patch) -> str | None:
+    """Return who replaced our replacement, or None."""
+    if patch.name not in _applied:
+        return None
+    owner, leaf = _owner(patch)
+    current = vars(owner)[leaf]
+    return None if current is _applied[patch.name][1] else _name(current)
 
 
 def _owner(patch: Patch) -> tuple[Any, str]:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What vLLM calls in each of its processes (entry point ``vllm.general_plugins``)."""
 
+import contextlib
 import functools
 import importlib
-import importlib.util
 import logging
 import multiprocessing
-from pathlib import Path
 
 import wrapt
 
@@ -40,16 +39,15 @@ def register() -> None:
     if padding := built_in():
         _stand_down(padding)
         return
-    if problem := unsupported():
+    version = _running_version()
+    if problem := unsupported(version):
         _stay_stock(problem)
         return
     _active = True
-    version = importlib.import_module("vllm").__version__
-    for patch in PATCHES:
-        if patch.is_of(version):
-            wrapt.register_post_import_hook(
-                functools.partial(_on_import, patch), patch.module
-            )
+    for patch in filter(None, (each.form_of(version) for each in PATCHES)):
+        wrapt.register_post_import_hook(
+            functools.partial(_on_import, patch), patch.module
+        )
     if _active:
         # Read once: a wrong value must stop the start, not the loading of weights.
         importlib.import_module("vllm.envs").VLLM_FP8_TP_PADDING  # noqa: B018
@@ -69,14 +67,14 @@ def unregister() -> None:
             logger.warning("vllm_patch stays in part: %s.", error)
 
 
-def unsupported() -> str | None:
-    """Return why this vLLM cannot be patched, or None."""
+def unsupported(version: str | None) -> str | None:
+    """Return why a vLLM cannot be patched, or None.
+
+    Args:
+        version: Its ``__version__``; None if there is none.
+
+    """
     supported = f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"
-    try:
-        # A folder that an uninstallation left behind has no version.
-        version = getattr(importlib.import_module("vllm"), "__version__", None)
-    except ImportError:
-        version = None
     if version is None:
         return (
             f"vLLM is not installed in this environment; install one of {supported} "
@@ -90,16 +88,22 @@ def unsupported() -> str | None:
     )
 
 
+def _running_version() -> str | None:
+    with contextlib.suppress(ImportError):
+        # A folder that an uninstallation left behind has no version.
+        return getattr(importlib.import_module("vllm"), "__version__", None)
+    return None
+
+
 def built_in() -> str | None:
     """Return where this vLLM has the padding in its own source, or None.
 
     A folder that an upgrade of vLLM left behind does not count: ``fp8.py`` must
     call it. Nothing of vLLM is imported for the answer.
     """
-    vllm = importlib.util.find_spec("vllm")
-    if vllm is None or not vllm.submodule_search_locations:
+    package = releases.package()
+    if package is None:
         return None
-    package = Path(vllm.submodule_search_locations[0])
     layers = package / "model_executor" / "layers" / "quantization"
     folder, caller = layers / "fp8_tp_padding", layers / "fp8.py"
     if (

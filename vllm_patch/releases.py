@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vLLM releases that are supported; what differs between them belongs here."""
 
+import importlib.util
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -45,11 +46,31 @@ def stated(tree: Path) -> str | None:
         tree: Folder that holds ``vllm/``.
 
     """
-    pattern = r"^(?:Version: |__version__ = .*?['\"])([^'\"\s]+)"
     for file in tree / "vllm" / "_version.py", tree / "PKG-INFO":
-        text = file.read_text() if file.is_file() else ""
-        if found := re.search(pattern, text, re.MULTILINE):
-            with suppress(InvalidVersion):
-                version = Version(found[1])
-                return None if version.is_devrelease else version.public
+        with suppress(InvalidVersion):
+            version = Version(_version_in(file))
+            return None if version.is_devrelease else version.public
     return None
+
+
+def package() -> Path | None:
+    """Return the folder of the vLLM that Python would import, or None.
+
+    Nothing of vLLM is imported for the answer.
+    """
+    found = importlib.util.find_spec("vllm")
+    # A folder that an uninstallation left behind has no origin.
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def installed() -> str | None:
+    """Return ``vllm.__version__``, read and not imported; None without a vLLM."""
+    folder = package()
+    return folder and (_version_in(folder / "_version.py") or "dev")
+
+
+def _version_in(file: Path) -> str:
+    text = file.read_text() if file.is_file() else ""
+    pattern = r"^(?:Version: |__version__ = .*?['\"])([^'\"\s]+)"
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else ""

@@ -2,22 +2,26 @@
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import psutil
 import pytest
 
 from tests.cli.test_model_config import QWEN3_MOE
-from vllm_patch import plugin
+from vllm_patch import plugin, releases
 from vllm_patch.cli import engine_process, parity
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult
 from vllm_patch.cli.main import main
 
 SCORES = {"logprobs": [-1.0, -2.0, -3.0], "top_tokens": [1, 2, 3]}
 OUT_OF_TIME = "no result after 5 s"
+SILENT = "Exception: WorkerProc initialization failed due to an exception in a backgr"
 PADDING = "FP8 layers cut inside quant blocks: 2 MoE layers"
 
 
@@ -221,6 +225,7 @@ def test_runs_by_other_operators_are_not_compared(engine, model, capsys, other):
         (["--logs", f"{__file__}/logs"], "Not a directory: '"),
         (["--timeout", "0"], "--timeout 0.0: give a positive number"),
         (["--tp", "4"], "--tp 4 keeps the quant blocks of"),
+        (["--tp", "1000000000"], "--tp 1000000000 does not divide"),
         (["--tp", "7"], "--tp 7 does not divide moe_intermediate_size = 1536"),
         (["--tp", "16"], "--tp 16 does not divide num_attention_heads = 8"),
         (["--engine-args", '{"model": "x"}'], "--engine-args sets model, which parity"),
@@ -265,15 +270,20 @@ def test_a_config_that_no_checkpoint_can_be_written_for(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("torn")])
-def test_what_goes_wrong_is_not_a_verdict(engine, model, monkeypatch, capsys, error):
-    """Python's own exit code would say "no parity"."""
+def test_what_goes_wrong_is_not_a_verdict(
+    engine, model, monkeypatch, tmp_path, capsys, error
+):
+    """Python's own exit code would say "no parity", and an earlier result something."""
+    out = tmp_path / "out.json"
+    out.write_text('{"parity": true}')
 
     def fail(*_args):
         raise error
 
     monkeypatch.setattr(engine_process, "run", fail)
-    assert run(model) == 2
+    assert run(model, "--json", str(out)) == 2
     assert str(error) in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_model_that_is_not_here(engine, capsys):
@@ -291,11 +301,11 @@ def test_a_terminated_run_leaves_nothing_behind(tmp_path, number):
     (tmp_path / "model" / "config.json").write_text(QWEN3_MOE.read_text())
     script = f"""
 import signal, sys
-from vllm_patch import plugin
+from vllm_patch import plugin, releases
 from vllm_patch.cli import engine_process, main
 # Under nohup it is ignored, as it then should be.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-plugin.unsupported = lambda: None
+plugin.unsupported = lambda version: None
 engine_process.sys.executable = {str(child)!r}
 sys.exit(main.main(["parity", "--model", {str(tmp_path / "model")!r}, "--tp", "8"]))
 """
@@ -439,11 +449,18 @@ def test_an_earlier_runs_result_is_not_this_ones(run_script):
             "echo OSError: [Errno 28] No space left on device; exit 1",
             "OSError: [Errno 28] No space left on device",
         ),
+        (f"echo '(Core) ERROR {SILENT}'; exit 1", SILENT),
     ],
 )
 def test_what_the_machine_ended_is_told_apart(run_script, script, error):
     result = run_script(script)
     assert result.error == error and result.ended_outside
+
+
+def test_a_workers_own_error_is_the_engines(run_script):
+    own = "ValueError: 192 is not divisible"
+    result = run_script(f"echo '(Worker) ERROR {own}\n(Core) ERROR {SILENT}'; exit 1")
+    assert result.error == own and not result.ended_outside
 
 
 def test_what_an_engine_multiplies_by_is_read_from_its_log(run_script):
@@ -452,11 +469,14 @@ def test_what_an_engine_multiplies_by_is_read_from_its_log(run_script):
     assert run_script(f"echo '{log}'").operators == [line]
 
 
-def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch, run_script):
+def test_a_run_that_hangs_is_ended_with_its_workers(
+    tmp_path, monkeypatch, run_script, capsys
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0.5)
     result = run_script("sleep 600 & echo $! > worker\nwait", timeout=1)
     assert result.error == "no result after 1 s" and result.ended_outside
+    assert re.fullmatch(r"(      \.\.\. \d+ s\n)+", capsys.readouterr().err)
     # Two small processes, and this one.
     own = psutil.Process().memory_full_info().pss
     assert 1e5 < result.peak_bytes - own < 1e8
@@ -467,9 +487,23 @@ def test_a_run_that_hangs_is_ended_with_its_workers(tmp_path, monkeypatch, run_s
             os.kill(worker, 0)
 
 
-def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):
-    import vllm
+def test_a_terminal_has_a_clock_and_no_lines(monkeypatch, run_script):
+    ours, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    monkeypatch.setattr(engine_process, "HEARTBEAT_SECONDS", 0)
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(engine_process.sys, "stderr", stderr)
+        assert run_script("sleep 600", timeout=1).ended_outside
+        # The terminal's end is the end of what it was sent.
+        print("end", file=stderr, flush=True)
+        shown = ""
+        while not shown.endswith("end\r\n"):
+            shown += os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert "... 00:0" in shown and " s\r\n" not in shown
 
-    monkeypatch.setattr(vllm, "__version__", "0.1.0")
+
+def test_parity_without_a_known_vllm_is_refused(monkeypatch, model, capsys):
+    monkeypatch.setattr(releases, "installed", lambda: "0.1.0")
     assert run(model) == 2
     assert "this is vLLM 0.1.0, and 0.26.0 to 0.33.0" in capsys.readouterr().err

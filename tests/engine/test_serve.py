@@ -164,3 +164,6 @@ def test_without_the_plugin_it_fails_as_stock_does(checkpoint, tmp_path, env):
     text = log.read_text()
     assert "ValueError: Unsupported FP8 MoE backend: NONE" in text
     assert "Unknown vLLM environment variable" not in text
+    # Where the plugin is on, it says why it let that happen.
+    left = "mlp.experts to stock vLLM: VLLM_FP8_TP_PADDING=off. Unset it."
+    assert (left in text) == ("VLLM_FP8_TP_PADDING" in env)

@@ -195,7 +195,7 @@ def outcome(make, total=1536, **kwargs):
     try:
         return type(make(total, 8, 0, **kwargs).quant_method)
     except ValueError as error:
-        return str(error)
+        return str(error).splitlines()[0]
 
 
 def test_one_line_says_what_was_padded(plugin, padding_log, monkeypatch):

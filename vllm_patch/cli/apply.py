@@ -5,14 +5,13 @@ import argparse
 import fcntl
 import os
 import shutil
-import signal
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vllm_patch import releases
-from vllm_patch.cli import ENDING_SIGNALS, UsageError
+from vllm_patch.cli import UsageError, remove, signals_held
 from vllm_patch.series import diffs
 from vllm_patch.series.diffs import STOCK, Files, contents, hooked
 
@@ -25,6 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "apply",
         help="put the change into a vLLM source tree",
         description="Change a tree as its release's series does: all of it or nothing.",
+        epilog="example: vllm-patch apply path/to/vllm --dry-run",
     )
     tree = "folder that holds vllm/: a checkout, an unpacked sdist, or site-packages"
     parser.add_argument("tree", type=Path, metavar="TREE", help=tree)
@@ -118,6 +118,7 @@ def _check_writable(file: Path) -> None:
             raise UsageError(f"{place} is read-only: make it writable, or copy TREE.")
 
 
+@signals_held()
 def _write_all(root: Path, files: Files) -> None:
     """Write, or remove, all files.
 
@@ -151,15 +152,12 @@ def _write_all(root: Path, files: Files) -> None:
             taken.append(path)
             _take_place(file, NEW, files[path])
     except BaseException as error:
-        # A second signal waits for this.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         for path in taken:
             with suppress(OSError):
                 _take_place(places[path], OLD, before[path])
         wrong = [path for path, _ in contents(root, files).items() - before.items()]
         if not wrong:
-            _remove(beside, folders)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            remove(beside, folders)
         if wrong:
             raise UsageError(
                 f"{error!r}. These could not be put back: {', '.join(sorted(wrong))}; "
@@ -168,10 +166,10 @@ def _write_all(root: Path, files: Files) -> None:
         if isinstance(error, OSError):
             raise UsageError(f"{error}. {root} is as it was before.") from error
         raise
-    _remove(beside, set())
+    remove(beside, set())
     for file in (places[path] for path in changed if files[path] is None):
         cache = file.parent / "__pycache__"
-        _remove(cache.glob(f"{file.stem}.*.pyc"), {cache, *file.parents})
+        remove(cache.glob(f"{file.stem}.*.pyc"), {cache, *file.parents})
 
 
 def _write_beside(file: Path, end: str, content: bytes | None) -> None:
@@ -186,13 +184,3 @@ def _take_place(file: Path, end: str, content: bytes | None) -> None:
         file.unlink(missing_ok=True)
     else:
         os.replace(f"{file}{end}", file)
-
-
-def _remove(files: Iterable[Path], folders: set[Path]) -> None:
-    """Remove files that are there, and folders that hold nothing."""
-    for file in files:
-        with suppress(OSError):
-            file.unlink()
-    for folder in sorted(folders, reverse=True):
-        with suppress(OSError):
-            folder.rmdir()

@@ -39,6 +39,9 @@ _PADDED_LINE = re.compile(r"FP8 layers cut inside quant blocks: .+")
 _OPERATORS_LINE = re.compile(r"FP8 operators on this CPU: .+")
 # The machine gave out: -9 is how the kernel ends what takes too much memory.
 _OUTSIDE = re.compile(r"code: -9\b|': -9\b|OutOfMemory|MemoryError|No space left on")
+# What vLLM says of a worker that ended while it loaded. If it is the first error, the
+# worker had none of its own.
+_SILENT = "Exception: WorkerProc initialization failed"
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,11 @@ def run(
     scores = None
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         scores = json.loads(out.read_text())
-    # 0 without scores: they are not whole.
-    outside = not in_time or child.returncode in (0, -9) or _OUTSIDE.search(text)
     errors = _ERROR_LINE.findall(text)
     errors.append(f"exit code {child.returncode} without an error")
+    # 0 without scores: they are not whole.
+    outside = not in_time or child.returncode in (0, -9) or _OUTSIDE.search(text)
+    outside = outside or errors[0].startswith(_SILENT)
     error = errors[0] if in_time else f"no result after {timeout:.0f} s"
     return EngineResult(
         scores=scores,
@@ -192,20 +196,26 @@ def _wait(
         False if they had to be killed; the most memory they took, bytes.
 
     """
+    from tqdm import tqdm  # vLLM brings it, too.
+
     started = time.monotonic()
     heartbeat, peak_bytes = started + HEARTBEAT_SECONDS, 0
+    # A clock, on a terminal only.
+    clock = tqdm(bar_format="      ... {elapsed}", leave=False, disable=None)
     try:
         while not signals and time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(POLL_SECONDS)
                 return True, peak_bytes
             peak_bytes = max(peak_bytes, _memory())
+            clock.refresh()
             now = time.monotonic()
-            if now > heartbeat:
+            if clock.disable and now > heartbeat:
                 heartbeat = now + HEARTBEAT_SECONDS
                 say(f"      ... {now - started:.0f} s")
         return False, peak_bytes
     finally:
+        clock.close()
         # A failed engine can leave workers behind, which hold memory.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)

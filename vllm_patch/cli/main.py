@@ -8,19 +8,28 @@ import sys
 import traceback
 
 from vllm_patch import __version__
-from vllm_patch.cli import UsageError, apply, parity, series, status
+from vllm_patch.cli import UsageError, apply, collect_env, parity, series, status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-patch",
+        description="Installed beside vLLM, this package lets it load block-quantized "
+        "FP8 models at tensor-parallel sizes that cut a quant block, such as "
+        "Qwen3-235B-A22B-FP8 at -tp 8, by itself. The commands look whether it does, "
+        "compare its answers with stock vLLM's, and put the change into vLLM's source.",
+        epilog="start with: vllm-patch status",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command")
+    for module in (parity, status, collect_env, apply, series):
+        module.add_parser(commands)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="vllm-patch",
-        description="Run block-FP8 models in vLLM at any tensor-parallel size.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command")
-    for module in (parity, status, apply, series):
-        module.add_parser(commands)
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help(sys.stderr)

@@ -5,11 +5,12 @@ import argparse
 import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_patch import __version__, plugin
-from vllm_patch.cli import UsageError, engine_process
+from vllm_patch import __version__, plugin, releases
+from vllm_patch.cli import UsageError, engine_process, remove
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
@@ -26,7 +27,10 @@ that cannot be judged."""
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "parity", help="compare the patched engine with stock", description=DESCRIPTION
+        "parity",
+        help="compare the patched engine with stock",
+        description=DESCRIPTION,
+        epilog="example: vllm-patch parity --config config.json --layers 2 --tp 8",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -36,8 +40,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a Hugging Face config.json; a synthetic checkpoint is written for it",
     )
     source.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint folder")
-    parser.add_argument("--tp", type=int, required=True, help="size to patch")
-    parser.add_argument("--baseline-tp", type=int, default=1, help="default 1")
+    # As vLLM spells it, too.
+    spellings = "--tp", "-tp", "--tensor-parallel-size"
+    parser.add_argument(
+        *spellings, type=int, required=True, metavar="N", help="size to patch"
+    )
+    parser.add_argument(
+        "--baseline-tp", type=int, default=1, metavar="N", help="default 1"
+    )
     parser.add_argument(
         "--control-tp",
         type=int,
@@ -81,25 +91,42 @@ def run(args: argparse.Namespace) -> int:
     if args.layers:
         config = config.with_layers(args.layers)
     runs = Runs(args, config, _on_cpu())
-    if args.json:  # Before an hour of runs, and no earlier result is left.
-        args.json.write_text("")
+    with _result_file(args.json):
+        verdict = _judge(runs, config, args)
+        print(verdict.table())
+        if args.json:
+            report = {
+                "vllm_patch": __version__,
+                "config": str(config_file),
+                "tp": args.tp,
+                "layers": args.layers,
+                **verdict.report(),
+            }
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return verdict.code
+
+
+def _judge(runs: Runs, config: ModelConfig, args: argparse.Namespace) -> Verdict:
     with tempfile.TemporaryDirectory(prefix="vllm-patch-parity-") as temporary:
         work = Path(temporary)
         logs = args.logs or work
         logs.mkdir(parents=True, exist_ok=True)
         processes = runs.processes(work)
-        verdict = Verdict(_run_all(processes, config, logs, args.timeout))
-    print(verdict.table())
-    if args.json:
-        report = {
-            "vllm_patch": __version__,
-            "config": str(config_file),
-            "tp": args.tp,
-            "layers": args.layers,
-            **verdict.report(),
-        }
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return verdict.code
+        return Verdict(_run_all(processes, config, logs, args.timeout))
+
+
+@contextlib.contextmanager
+def _result_file(file: Path | None) -> Iterator[None]:
+    """Try to write before an hour of runs; leave no file that is not this result."""
+    try:
+        if file:
+            file.write_text("")
+        yield
+    except BaseException:
+        # Not what a shell opened, such as /dev/stdout.
+        if file and file.is_file() and not file.is_symlink():
+            remove([file], set())
+        raise
 
 
 def _on_cpu() -> bool:
@@ -128,7 +155,7 @@ def _check(args: argparse.Namespace) -> None:
             f"--engine-args sets {name}, which parity chooses for each run: use "
             "--model, --config and --tp."
         )
-    if problem := plugin.unsupported():
+    if problem := plugin.unsupported(releases.installed()):
         raise UsageError(problem)
 
 

@@ -3,9 +3,10 @@
 
 import argparse
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_patch.cli import UsageError
+from vllm_patch.cli import UsageError, remove, signals_held
 from vllm_patch.series.commits import COMMITS
 from vllm_patch.series.diffs import STOCK, changes_of
 
@@ -29,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="write the change as commits for a vLLM release",
         description="Write the commits for a vLLM release, one file each, for `git am "
         "--keep-non-patch` in a checkout of its tag. The same bytes each time.",
+        epilog="example: vllm-patch series 0.33.0 DIR --author 'Me <me@example.org>'",
     )
     parser.add_argument(
         "release", choices=STOCK, metavar="RELEASE", help=", ".join(STOCK)
@@ -54,27 +56,44 @@ def run(args: argparse.Namespace) -> int:
     """
     if not re.fullmatch(r"[^<>\n]*[^<>\s] <[^<>\s]+@[^<>\s]+>", args.author):
         raise UsageError(f"--author {args.author!r} must be 'Name <mail@host>'.")
-    files = []
+    mails = dict(_mails(args.release, args.author))
     try:
         if args.folder.exists() and any(args.folder.iterdir()):
             raise UsageError(f"{args.folder} is not empty. Give a new folder.")
-        args.folder.mkdir(parents=True, exist_ok=True)
-        for number, commit in enumerate(COMMITS, 1):
-            subject, _, body = commit.message.partition("\n\n")
-            words = re.sub(r"[^A-Za-z0-9]+", "-", subject).strip("-")[:52].strip("-")
-            mail = MAIL.format(
-                zeros="0" * 40,
-                author=args.author,
-                number=number,
-                total=len(COMMITS),
-                subject=subject,
-                body=body,
-                diff="".join(changes_of(commit, args.release).values()),
-            )
-            files.append(args.folder / f"{number:04}-{words}.patch")
-            # Not write_text(), which ends lines as the platform does.
-            files[-1].write_bytes(mail.encode())
+        _write(args.folder, mails)
     except OSError as error:
-        raise UsageError(f"{error}. Give a folder that can be written.") from error
-    print(*files, sep="\n")
+        raise UsageError(
+            f"{error}. Give a folder that can be written; nothing is left in it."
+        ) from error
+    print(*(args.folder / name for name in mails), sep="\n")
     return 0
+
+
+def _mails(release: str, author: str) -> Iterator[tuple[str, bytes]]:
+    for number, commit in enumerate(COMMITS, 1):
+        subject, _, body = commit.message.partition("\n\n")
+        words = re.sub(r"[^A-Za-z0-9]+", "-", subject).strip("-")[:52].strip("-")
+        mail = MAIL.format(
+            zeros="0" * 40,
+            author=author,
+            number=number,
+            total=len(COMMITS),
+            subject=subject,
+            body=body,
+            diff="".join(changes_of(commit, release).values()),
+        )
+        # Not text, whose lines end as the platform does.
+        yield f"{number:04}-{words}.patch", mail.encode()
+
+
+@signals_held()
+def _write(folder: Path, mails: dict[str, bytes]) -> None:
+    """Write all files, or none, nor folders for them."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, mail in mails.items():
+            (folder / name).write_bytes(mail)
+    except BaseException:
+        remove((folder / name for name in mails), made)
+        raise

@@ -34,8 +34,12 @@ def write_checkpoint(
             its place with zeros in what it adds. It computes the same, and other
             tensor-parallel sizes keep its quant blocks whole.
 
+    Raises:
+        UsageError: There is no such model, or no room for it.
+
     """
     from huggingface_hub import save_torch_state_dict
+    from safetensors import SafetensorError
 
     wide = wide or config
     shapes, linear = _tensor_shapes(config, directory)
@@ -57,7 +61,12 @@ def write_checkpoint(
             tensor = _bfloat16(_generator(name), name, shape)
             tensors[name] = _widen(name, tensor, wide_shapes[name])
             unquantized += [module] if module != name else []
-    save_torch_state_dict(tensors, directory, max_shard_size="4GB")
+    try:
+        save_torch_state_dict(tensors, directory, max_shard_size="4GB")
+    except SafetensorError as error:
+        raise UsageError(
+            f"{directory} takes no checkpoint: {error}. Free some space, or set TMPDIR."
+        ) from error
     unquantized = sorted({*skipped, *unquantized})
     quantization = {**quantization, written.unquantized: unquantized}
     _write_config({**wide.fields, "quantization_config": quantization}, directory)

@@ -27,3 +27,21 @@ def with_cut_layers(name: str) -> Callable:
         return get_quant_method
 
     return wrapper
+
+
+def with_reasons(since: str) -> Callable:
+    """Return what replaces it in releases before ``since``.
+
+    Layers are stock there, and errors about cut ones say since when they are not.
+    """
+
+    def wrapper(stock: Callable) -> Callable:
+        @functools.wraps(stock)
+        def get_quant_method(self, layer, prefix):
+            from vllm_patch.formats import earlier
+
+            return earlier.quant_method(stock, since, self, layer, prefix)
+
+        return get_quant_method
+
+    return wrapper

@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm_patch.wrappers import OFF
+
+from .left_to_stock import IS_OFF, SMALLER_TP, explain, explained
 
 logger = init_logger("vllm.fp8_tp_padding")
 
@@ -30,7 +34,34 @@ def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):
     from vllm_patch.fp8_tp_padding.methods.linear import cut_layout
 
     layout = cut_layout(blocks, layer)
-    return method if layout is None else extended.made_of(method, layout)
+    if layout is not None:
+        return extended.made_of(method, layout)
+    if why := why_left(blocks, layer):
+        explain(method, layer.prefix, why)
+    return method
+
+
+def why_left(blocks: Sequence[int] | None, layer) -> str | None:
+    """Return why a linear layer that is cut is left to stock vLLM; None if it is not.
+
+    Args:
+        blocks: The quant blocks of its weight.
+        layer: The layer, for which ``cut_layout`` is None.
+
+    """
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm_patch.fp8_tp_padding.slices.linear_layout import linear_layout
+
+    if blocks is None:
+        return None
+    layout = linear_layout(layer, blocks[isinstance(layer, RowParallelLinear)])
+    if layout is None or not layout.is_cut:
+        return None
+    if envs.VLLM_FP8_TP_PADDING == OFF:
+        return IS_OFF
+    if blocks[0] != blocks[1]:
+        return f"the blocks {list(blocks)} are not square. {SMALLER_TP}."
+    return f"{type(layer).__name__} loads weights in a way of its own. {SMALLER_TP}."
 
 
 def linear_of_schemes(stock: type, extended: type, *schemes: type) -> Callable:
@@ -76,16 +107,15 @@ class CheckpointFormat:
         exactly what ``stock``, a config's ``get_quant_method``, returns.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
-        from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+        from vllm.model_executor.layers.linear import LinearBase
 
         if isinstance(layer, RoutedExperts):
             return self._experts_method(stock, config, layer, prefix)
         method = stock(config, layer, prefix)
         if not isinstance(layer, LinearBase):
             return method
-        if isinstance(layer, RowParallelLinear):
-            sizes = layer.input_size, layer.tp_size
-            _name_cut_groups(method, layer, "Row-parallel layers", *sizes)
+        if why := cut_groups(method, layer):
+            explain(method, prefix, why)
         return self.linear(layer, method)
 
     def _experts_method(self, stock: Callable, config, layer, prefix) -> Any:
@@ -93,37 +123,73 @@ class CheckpointFormat:
 
         blocks, moe = self.blocks(config), layer.moe_config
         if not experts.is_cut(blocks, moe):
-            return _stock_experts(stock, config, layer, prefix)
+            why = IS_OFF if experts.cuts_blocks(blocks, moe) else None
+            return self._stock_experts(stock, config, layer, prefix, why)
         # Only vLLM knows whether it quantizes this layer, and it may refuse the
         # cut size before it says so: ask it about the padded one.
         with experts.cut_sizes(blocks, moe):
             method = stock(config, layer, prefix)
         extended = self.experts.get(type(method))
         is_of_format = extended is not None and method.weight_block_size == blocks
-        if not is_of_format or experts.is_left_to_stock(blocks, layer):
-            return _stock_experts(stock, config, layer, prefix)
+        if not is_of_format:
+            why = f"it does not pad {type(method).__name__}. {SMALLER_TP}."
+            return self._stock_experts(stock, config, layer, prefix, why)
+        if experts.is_left_to_stock(blocks, layer):
+            reason = experts.obstacle(blocks, layer)
+            why = f"{reason}. {SMALLER_TP}, or expert parallelism."
+            return self._stock_experts(stock, config, layer, prefix, why)
         return extended.made_of(method, layer)
 
+    def _stock_experts(
+        self, stock: Callable, config, layer, prefix, why: str | None
+    ) -> Any:
+        """Return vLLM's method, whose errors tell why it has cut experts."""
+        with explained(prefix, why):
+            method = stock(config, layer, prefix)
+        if not isinstance(method, tuple(self.experts)):
+            why = cut_groups(method, layer)
+        if why:
+            explain(method, prefix, why)
+        return method
 
-def _stock_experts(stock: Callable, config, layer, prefix) -> Any:
-    """Return vLLM's method; say if it cuts groups, which nobody pads."""
-    method, moe = stock(config, layer, prefix), layer.moe_config
-    if not moe.moe_parallel_config.use_ep:
-        _name_cut_groups(method, layer, "Experts", moe.intermediate_size, moe.tp_size)
-    return method
+
+def cut_groups(method, layer) -> str | None:
+    """Return why a layer was left whose scales belong to groups that are cut, and warn.
+
+    Nobody pads them; outputs hold whole groups.
+    """
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    if isinstance(layer, RoutedExperts):
+        moe = layer.moe_config
+        tp_size = 1 if moe.moe_parallel_config.use_ep else moe.tp_size
+        layers, total = "Experts", moe.intermediate_size
+    elif isinstance(layer, RowParallelLinear):
+        layers, total, tp_size = "Row-parallel layers", layer.input_size, layer.tp_size
+    else:
+        return None
+    found = _group(method, layer)
+    if found is None or tp_size == 1 or total // tp_size % found[1] == 0:
+        return None
+    name, group = found
+    logger.warning_once(
+        "%s of %d / TP %d = %d columns cut the groups of %d of %s and are left to "
+        "stock vLLM: only FP8 in blocks is padded.",
+        *(layers, total, tp_size, total // tp_size, group, name),
+    )
+    return (
+        f"it pads FP8 in blocks only, not groups of {group}. Use a tensor-parallel "
+        "size that keeps groups whole, or expert parallelism."
+    )
 
 
-def _name_cut_groups(method, layer, layers: str, total: int, tp_size: int) -> None:
-    """Warn of layers whose scales belong to groups that tensor parallelism cuts."""
-    size = total // tp_size
+def _group(method, layer) -> tuple[str, int] | None:
+    """Return what names a layer's groups, and their elements."""
     schemes = (getattr(each, "scheme", None) for each in (method, layer))
     for each in (method, *schemes, getattr(method, "wkey", None)):
         name = type(each).__name__
         for part, group in GROUPS.items():
-            if part in name.lower() and size % group:
-                logger.warning_once(
-                    "%s of %d / TP %d = %d columns cut the groups of %d of %s and are "
-                    "left to stock vLLM: only FP8 in blocks is padded.",
-                    *(layers, total, tp_size, size, group, name),
-                )
-                return
+            if part in name.lower():
+                return name, group
+    return None

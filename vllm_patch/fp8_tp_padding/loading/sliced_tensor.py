@@ -81,6 +81,11 @@ class SlicedTensor:
                 f"{dtype}. List the layer in the checkpoint's modules_to_not_convert "
                 "if it is not quantized."
             )
+        if self.kind == "scale" and not value.is_floating_point():
+            return (
+                f"has dtype {value.dtype}, but block scales are floating-point "
+                "numbers. Quantize the checkpoint again."
+            )
         return None
 
     def _wrong_shape(self, value: torch.Tensor) -> str:

@@ -4,9 +4,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
 
 import torch
+from typing_extensions import Self
 
 import vllm.envs as envs
 from vllm.logger import init_logger
@@ -26,25 +26,28 @@ from .store import Compact, store_for
 logger = init_logger("vllm.fp8_tp_padding")
 
 
-def is_cut(blocks: list[int] | None, moe: FusedMoEConfig) -> bool:
+def cuts_blocks(blocks: list[int] | None, moe: FusedMoEConfig) -> bool:
     """Whether tensor parallelism cuts experts inside a quant block.
 
-    Never true for per-tensor scales, for sizes that fall on block boundaries,
-    under expert parallelism, or with ``VLLM_FP8_TP_PADDING=off``.
+    Never true for per-tensor scales, for sizes that fall on block boundaries, or
+    under expert parallelism.
     """
     if blocks is None or moe.moe_parallel_config.use_ep:
         return False
     size = moe.intermediate_size // moe.tp_size
-    if all(size % block == 0 for block in blocks):
-        return False
-    return envs.VLLM_FP8_TP_PADDING != "off"
+    return any(size % block != 0 for block in blocks)
+
+
+def is_cut(blocks: list[int] | None, moe: FusedMoEConfig) -> bool:
+    """Whether experts are cut, and not left so by ``VLLM_FP8_TP_PADDING=off``."""
+    return cuts_blocks(blocks, moe) and envs.VLLM_FP8_TP_PADDING != "off"
 
 
 def is_left_to_stock(blocks: list[int], layer: RoutedExperts) -> bool:
     """Whether there is no method for these cut experts; warns why."""
     moe = layer.moe_config
-    obstacle = _obstacle(blocks, layer)
-    if obstacle is None:
+    reason = obstacle(blocks, layer)
+    if reason is None:
         return False
     logger.warning_once(
         "Experts of %d / TP %d = %d columns cut the quant blocks %s and are left to "
@@ -53,7 +56,7 @@ def is_left_to_stock(blocks: list[int], layer: RoutedExperts) -> bool:
         moe.tp_size,
         moe.intermediate_size // moe.tp_size,
         str(blocks),
-        obstacle,
+        reason,
     )
     return True
 
@@ -70,7 +73,7 @@ def cut_experts_method(
     return CutFp8MoEMethod.made_of(method, layer)
 
 
-def _obstacle(blocks: list[int], layer: RoutedExperts) -> str | None:
+def obstacle(blocks: list[int], layer: RoutedExperts) -> str | None:
     """Why these experts are left to stock vLLM, or None."""
     moe, (block_n, block_k) = layer.moe_config, blocks
     if type(layer).weight_loader is not RoutedExperts.weight_loader:

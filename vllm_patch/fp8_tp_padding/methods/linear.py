@@ -3,9 +3,9 @@
 """vLLM's methods for linear layers that are cut inside a quant block."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
+from typing_extensions import Self
 
 import vllm.envs as envs
 from vllm.model_executor.kernels.linear import (
