@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from vllm_patch import __version__
-from vllm_patch.cli import UsageError, apply, parity, series, status
+from vllm_patch.cli import UsageError, apply, check, parity, series, status
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command")
-    for module in (parity, status, apply, series):
+    for module in (check, parity, status, apply, series):
         module.add_parser(commands)
     args = parser.parse_args(argv)
     if args.command is None:
