@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-import vllm_patch
 from tests.formats.configs import FORMATS
 from tests.fp8_tp_padding import experts
-from tests.fp8_tp_padding.experts import BLOCK, FP8, Checkpoint, dequantize
+from tests.fp8_tp_padding.experts import BLOCK, dequantize
 from tests.fp8_tp_padding.tensor_parallel import rank_of
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
-from vllm_patch.cli.check import ours, stock
 from vllm_patch.cli.check.layers import Layer, Layers
 from vllm_patch.cli.check.stock import Setting
 from vllm_patch.cli.check.verdict import Verdict
@@ -163,6 +161,13 @@ def expert_cases():
         yield name, routed(640), 8, "triton"
 
 
+def ungated() -> dict:
+    """What makes experts of one projection instead of gate and up."""
+    none = None if experts.vllm_version() >= (0, 32) else ""
+    names = ("up_proj", "down_proj", none)
+    return {"activation": "relu2_no_mul", "ckpt_names": names}
+
+
 @pytest.mark.parametrize(
     ("format_name", "layer", "tp", "backend"),
     expert_cases(),
@@ -174,7 +179,7 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
 
     def make(rank):
         gated = len(layer.outputs) == 2
-        kwargs = {} if gated else {"activation": "relu2_no_mul"}
+        kwargs = {} if gated else ungated()
         return experts.build(
             layer.outputs[0],
             tp,

@@ -25,6 +25,8 @@ KNOWN = {
     "intermediate_size_per_layer_input",
 }
 SHARED = "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"
+# Fields of models whose layers are not all made alike, in ways unknown here.
+OTHERS = "use_cla", "num_shared_expert", "hybrid_override_pattern"
 
 
 @dataclass
@@ -111,7 +113,7 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
     model.unknown = [
         f"{key} = {str(value)[:40]}"
         for key, value in text.items()
-        if SIZE.fullmatch(key) and value and key not in KNOWN
+        if value and (key in OTHERS or (SIZE.fullmatch(key) and key not in KNOWN))
     ]
     return model
 

@@ -327,7 +327,7 @@ def _kind(leaf: str, siblings: dict[str, Matrix], fields: dict[str, Any]) -> Any
         if leaf in names:
             return kind
     # Without a low rank, MLA's q is a layer of its own.
-    is_mla = "kv_lora_rank" in fields or "kv_a_proj_with_mqa" in siblings
+    is_mla = fields.get("kv_lora_rank") or "kv_a_proj_with_mqa" in siblings
     return "column" if leaf == "q_proj" and is_mla else None
 
 

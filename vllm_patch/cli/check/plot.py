@@ -99,7 +99,7 @@ class _Drawing:
 
     def _heading(self) -> list[str]:
         each, block = self.dimension, self.block
-        title = f"{self.name}: {each.total} columns on {self.tp} ranks"
+        title = f"{self.name}: {each.total} columns on {self.tp} GPUs (ranks)"
         said = (
             f"Each rank gets {each.size} columns, {each.size / block:g} quant blocks: "
             f"{len(self.shared)} of {-(-each.total // block)} blocks lie on two ranks "
@@ -162,17 +162,16 @@ class _Drawing:
 
     def _legend(self, y: int) -> list[str]:
         texts = {
-            "own": "in a block of this rank alone",
-            "shared": "in a block that another rank needs, too: both get its scale",
-            "padding": "nothing: skipped (compact), or zeros (padded)",
+            "own": (12, "block of one rank alone"),
+            "shared": (210, "block on several ranks: each gets its scale"),
+            "padding": (510, "no columns of this rank: skipped, or filled with zeros"),
         }
-        lines, x = [], 12
-        for kind, text in texts.items():
+        lines = []
+        for kind, (x, text) in texts.items():
             lines += [
                 f'<rect class="{kind}" x="{x}" y="{y}" width="18" height="12"/>',
                 f'<text x="{x + 24}" y="{y + 11}">{text}</text>',
             ]
-            x += 54 + round(6.4 * len(text))
         hidden = self.dimension.parts - self.ranks
         if hidden or self.x(self.dimension.total) < self.x(self.blocks * self.block):
             lines.append(f'<text x="12" y="{y + 36}">{hidden} more ranks likewise</text>')
