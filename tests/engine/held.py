@@ -43,7 +43,6 @@ if __name__ == "__main__":
     model, tp, out = sys.argv[1:]
     os.environ["HELD_OUT"] = out
     from vllm import LLM
-
     from vllm_patch.cli.cpu_fp8 import check
     from vllm_patch.cli.engine_run import ON_CPU
 

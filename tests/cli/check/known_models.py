@@ -1,4 +1,6 @@
-"""Known models' sizes, and what ``check`` says of them: ``python -m`` prints the table.
+"""Known models' sizes, and what ``check`` says of them, for the README.
+
+``make tables`` writes the table and the picture.
 
 The sizes in known_models.json are those of their published config.json files. An
 asterisk marks models that are not published in FP8 blocks: the row is what such a
@@ -10,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vllm_patch import releases
-from vllm_patch.cli.check import derived, layers, quantization
+from vllm_patch.cli.check import derived, layers, plot, quantization
 from vllm_patch.cli.check.stock import Setting
 from vllm_patch.cli.check.verdict import Verdict
 
@@ -67,4 +69,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    table_file, picture = map(Path, sys.argv[1:])
+    table_file.write_text(table())
+    plot.write([verdict("Qwen3-235B-A22B", 8)], picture)

@@ -130,15 +130,19 @@ def test_headers(folder, entries, length, garbage, tail, cut):
 
 
 LEAVES = st.sampled_from(
-    "q_proj k_proj v_proj o_proj qkv_proj gate_proj up_proj down_proj gate_up_proj w1 w2 "
-    "w3 q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj in_proj_qkvz in_proj_qkv "
-    "in_proj_z out_proj wo_a wo_b wq_b gate other".split()
+    [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj"),
+        *("down_proj", "gate_up_proj", "w1", "w2", "w3", "q_a_proj", "q_b_proj"),
+        *("kv_a_proj_with_mqa", "kv_b_proj", "in_proj_qkvz", "in_proj_qkv"),
+        *("in_proj_z", "out_proj", "wo_a", "wo_b", "wq_b", "gate", "other"),
+    ]
 )
 PARENTS = st.sampled_from(
     ["m.layers.0.mlp", "m.layers.1.self_attn", "m.layers.0.mlp.experts"]
     + [f"m.layers.0.mlp.experts.{n}" for n in (0, 1, 7)]
     + ["m.layers.0.self_attn.indexer", "mtp.layers.0", "", "x.experts.9999999"]
 )
+CONFIGURED = "head_dim", "num_attention_heads", "hidden_size"
 SIZES = st.sampled_from([0, 1, 64, 100, 128, 192, 256, 320, 1536, 2**40])
 
 
@@ -152,7 +156,9 @@ SIZES = st.sampled_from([0, 1, 64, 100, 128, 192, 256, 320, 1536, 2**40])
     bad_scale=st.sampled_from([None, (), (1,), (2, 2), (3, 1, 4, 1)]),
     fields=st.fixed_dictionaries(
         {},
-        optional={n: NUMBERS for n in ("head_dim", "num_attention_heads", "hidden_size")},
+        optional={
+            n: NUMBERS for n in ("head_dim", "num_attention_heads", "hidden_size")
+        },
     ),
     block=st.sampled_from([(128, 128), (128, 64), (1, 1), (64, 64)]),
     name=st.sampled_from([*FORMATS]),

@@ -6,7 +6,6 @@ import torch
 from tests.formats.configs import FORMATS
 from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, dequantize
-from tests.fp8_tp_padding.tensor_parallel import rank_of
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
 from vllm_patch.cli.check.layers import Layer, Layers
 from vllm_patch.cli.check.stock import Setting
@@ -17,7 +16,7 @@ NAMES = "fp8", *FORMATS
 # blocks on eight ranks, eleven (odd leads), a partial last block, over four blocks.
 TOTALS = 1024, 1536, 2304, 640, 1408, 704, 5376
 HIDDEN = 256
-# Rows or columns: whole blocks at all sizes, then as above; 10944 is 85 blocks and a half.
+# Rows or columns: whole blocks at all sizes, then as above; 10944 is 85.5 blocks.
 SIZES = 1024, 512, 640, 1216, 2200, 10944
 LINEAR = [
     *(Layer("column", "column", (n,), HIDDEN) for n in SIZES),
@@ -119,7 +118,7 @@ def real_linear(layer: Layer, tp: int, rank: int, name: str):
 
 
 def has_its_scales(made, layer: Layer, tp: int, rank: int, name: str) -> bool:
-    """Whether a rank's rows, with the scales where kernels look, are the checkpoint's."""
+    """Whether a rank's rows, with scales where kernels look, are the checkpoint's."""
     dim = 1 if layer.kind == "row" else 0
     parts = []
     for tensors, each in zip(
@@ -133,9 +132,9 @@ def has_its_scales(made, layer: Layer, tp: int, rank: int, name: str) -> bool:
     return torch.equal(dequantize(made.weight.data, scale), torch.cat(parts))
 
 
-def outcome(make) -> tuple[str, object]:
+def outcome(make, *args) -> tuple[str, object]:
     try:
-        return "", make()
+        return "", make(*args)
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
         return str(error) or type(error).__name__, None
 
@@ -193,7 +192,7 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
     ranks = sorted({0, 1, tp - 1} & {*range(tp)})
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
     for rank in ranks:
-        error, made = outcome(lambda: make(rank))
+        error, made = outcome(make, rank)
         if not row.stock.runs:
             assert error == row.stock.text
             continue
@@ -208,7 +207,7 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
         assert bytes_of(made) == row.bytes(rank, "stock")
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "auto")
     for rank in ranks:
-        error, made = outcome(lambda: make(rank))
+        error, made = outcome(make, rank)
         assert bool(error) == (not row.runs), error
         if error:
             continue
@@ -242,7 +241,7 @@ def test_linear_layers(format_name, layer, tp, monkeypatch, plugin):
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
     errors, are_right = [], []
     for rank in range(tp):
-        error, made = outcome(lambda: real_linear(layer, tp, rank, format_name))
+        error, made = outcome(real_linear, layer, tp, rank, format_name)
         errors.append(error)
         if made is not None:
             place = layer, tp, rank, format_name

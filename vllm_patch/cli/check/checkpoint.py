@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's config.json and the headers of its safetensors, without its weights."""
+"""A checkpoint's config.json and headers of safetensors, without its weights."""
 
 import json
 import math
@@ -127,7 +127,9 @@ def _files(folder: Path) -> Iterator[Path]:
         raise UsageError(f"{folder / INDEX} has no weight_map of file names. {again}")
     for name in sorted(set(placed.values())):
         if not (folder / name).is_file():
-            raise UsageError(f"{folder / name} is missing, and {INDEX} names it. {again}")
+            raise UsageError(
+                f"{folder / name} is missing, and {INDEX} names it. {again}"
+            )
         yield folder / name
 
 
@@ -168,9 +170,9 @@ def _tensor(file: Path, name: str, entry: Any, data_bytes: int) -> Tensor:
                 return tensor
     shown = json.dumps(entry)
     raise UsageError(
-        f"{file}: the header says of {name} {shown[:200]}, which cannot be, or does not "
-        f"fit in {data_bytes} bytes of weights. The file is damaged or still being "
-        "downloaded: download it again."
+        f"{file}: the header says of {name[:200]} {shown[:200]}, which cannot be, or "
+        f"does not fit in {data_bytes} bytes of weights. The file is damaged or still "
+        "being downloaded: download it again."
     )
 
 

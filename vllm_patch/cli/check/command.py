@@ -39,7 +39,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="a checkpoint's folder, a config.json, or a hub id"
+        "model",
+        metavar="MODEL",
+        help="a checkpoint's folder, a config.json, or a hub id",
     )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
@@ -123,9 +125,9 @@ def _say_not_in_blocks(how: Quantization, name: str, as_json: bool) -> int:
     # Nothing else of these two depends on the size.
     code = AS_IT_IS if how.format in ("unquantized", "fp8") else CANNOT_RUN
     said = (
-        f"{how.format}: no weights in FP8 blocks that this package knows, so it changes "
-        "nothing. MXFP8, NVFP4, INT4, scales per tensor or per channel, and 16 bits are "
-        "stock vLLM's"
+        f"{how.format}: no weights in FP8 blocks that this package knows, so it "
+        "changes nothing. MXFP8, NVFP4, INT4, scales per tensor or per channel, and 16 "
+        "bits are stock vLLM's"
     )
     said += ", and not judged here." if code else "."
     if as_json:
@@ -138,10 +140,17 @@ def _say_not_in_blocks(how: Quantization, name: str, as_json: bool) -> int:
 def _layers(found: Checkpoint, how: Quantization, text: dict) -> tuple[Layers, str]:
     """Return the model's layers and where they are from."""
     if found.tensors is not None:
-        return layers.layers(found.tensors, how, text), "headers"
+        model = layers.layers(found.tensors, how, text)
+        if not model.found and not model.unknown:
+            raise UsageError(
+                f"{found.name}: config.json says {how.format} in FP8 blocks, and no "
+                "tensor of its files is. Compare both with the published ones."
+            )
+        return model, "headers"
     implied = derived.tensors(text, how)
     model = layers.layers(implied.tensors, how, text)
     model.unknown += implied.unknown
+    model.other_bytes = 0  # Embeddings and norms are not derived.
     model.notes.append(
         "derived from config.json alone: the checkpoint's folder or hub id would tell"
     )

@@ -47,7 +47,7 @@ class Derived:
     unknown: list[str] = field(default_factory=list)
 
     def linear(self, name: str, *shape: int) -> None:
-        """Add a module's weight ``[..., rows, columns]``, with scales if it has some."""
+        """Add a module's weight ``[..., rows, columns]``, with scales if in blocks."""
         if not self.quantization.takes(name):
             self.tensors[f"{name}.weight"] = Tensor("BF16", shape, FILE)
             return
@@ -80,7 +80,7 @@ class Derived:
         return 0
 
     def needed(self, *names: str, most: int = MOST) -> int:
-        """Return such a field that a model must have; raise UsageError if it has not."""
+        """Return such a field, or raise UsageError if there is none."""
         if value := self.size(*names, most=most):
             return value
         raise UsageError(
@@ -190,12 +190,12 @@ def _grouped_attention(
     kv_heads = model.size("num_key_value_heads", "num_attention_groups") or heads
     head = model.size("head_dim") or hidden // heads
     kinds, other = text.get("layer_types"), text.get("attention_other_setting")
-    if isinstance(kinds, list) and isinstance(other, dict) and layer < len(kinds):
+    kind = kinds[layer] if isinstance(kinds, list) and layer < len(kinds) else None
+    if kind and isinstance(other, dict) and kind == other.get("attention_type"):
         # Step's layers with a sliding window have heads of their own.
-        if kinds[layer] == other.get("attention_type"):
-            own = Derived(other, model.quantization)
-            heads = own.needed("num_attention_heads")
-            kv_heads = own.size("num_attention_groups") or kv_heads
+        own = Derived(other, model.quantization)
+        heads = own.needed("num_attention_heads")
+        kv_heads = own.size("num_attention_groups") or kv_heads
     gate = 1 + _has_output_gate(text)
     model.linear(f"{name}.q_proj", gate * heads * head, hidden)
     for leaf in ("k_proj", "v_proj"):

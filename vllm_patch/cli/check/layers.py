@@ -207,7 +207,9 @@ def _matrices(
         scales |= {name, scale}
         matrices[module] = Matrix(tensor.shape, tensors[scale].bytes_each)
     if others:
-        result.notes.append(f"weights with scales {' and '.join(sorted(others))}: stock")
+        result.notes.append(
+            f"weights with scales {' and '.join(sorted(others))}: stock"
+        )
     result.other_bytes = sum(t.bytes for n, t in tensors.items() if n not in scales)
     return matrices
 
@@ -257,9 +259,12 @@ def _fused_experts(parent: str, leaves: dict[str, Matrix]) -> Layer | None:
     if both is not None:
         is_known = both.shape[1:] == (2 * size, hidden) and len(roles) == 2
         gate = both if is_known else None
-    elif gate is None or up is None or gate.shape != up.shape:
-        return None
-    elif gate.shape[1:] != (size, hidden):
+    elif (
+        gate is None
+        or up is None
+        or gate.shape != up.shape
+        or gate.shape[1:] != (size, hidden)
+    ):
         return None
     if gate is None:
         return None
@@ -304,7 +309,9 @@ def _add_linear(
             if is_indexer or not all(member in left for member in members):
                 continue
             merged = [left.pop(member) for member in members]
-            _add(result, _merged(f"{parent}.{name}", merged, fields), f"{parent}.{name}")
+            _add(
+                result, _merged(f"{parent}.{name}", merged, fields), f"{parent}.{name}"
+            )
     for leaf, matrix in left.items():
         name = f"{parent}.{leaf}"
         kind = "replicated" if is_indexer else _kind(leaf, leaves, fields)
@@ -352,7 +359,9 @@ def _merged(name: str, merged: list[Matrix], fields: dict[str, Any]) -> Layer | 
     return Layer(_pattern(name), kind, outputs, inputs, scale_bytes=scale)
 
 
-def _fused(name: str, leaf: str, matrix: Matrix, fields: dict[str, Any]) -> Layer | None:
+def _fused(
+    name: str, leaf: str, matrix: Matrix, fields: dict[str, Any]
+) -> Layer | None:
     """Return a layer whose shards are one tensor in the checkpoint, too."""
     if len(matrix.shape) != 2 or not all(matrix.shape):
         return None

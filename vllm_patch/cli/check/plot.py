@@ -71,6 +71,10 @@ def drawing(row: Row) -> str:
     return _Drawing(dimension, block, row.layer.name, setting.tp).svg()
 
 
+def _rect(kind: str, x: float, y: float, width: float, rest: str) -> str:
+    return f'<rect class="{kind}" x="{x:g}" y="{y}" width="{width:g}" {rest}/>'
+
+
 class _Drawing:
     def __init__(self, dimension: Dimension, block: int, name: str, tp: int):
         self.dimension, self.block, self.name, self.tp = dimension, block, name, tp
@@ -122,12 +126,10 @@ class _Drawing:
         for number in range(self.blocks):
             left, right = (self.x((number + i) * self.block) for i in (0, 1))
             kind = "shared" if number in self.shared else "own"
-            width = round(right - left - 4, 1)
+            width, middle = round(right - left - 4, 1), (left + right) / 2
             lines += [
-                f'<rect class="{kind}" x="{left + 2:g}" y="{y}" width="{width:g}" '
-                'height="18" rx="4"/>',
-                f'<text class="middle" x="{(left + right) / 2:g}" y="{y + 13}">'
-                f"{number}</text>",
+                _rect(kind, left + 2, y, width, 'height="18" rx="4"'),
+                f'<text class="middle" x="{middle:g}" y="{y + 13}">{number}</text>',
                 f'<path class="block" d="M{left:g} {y - 4}V{bottom}"/>',
             ]
         end = self.x(self.blocks * self.block)
@@ -154,10 +156,7 @@ class _Drawing:
                 kind = "shared"
             width = round(self.x(right) - self.x(left), 1)
             if width > 0:
-                lines.append(
-                    f'<rect class="{kind}" x="{self.x(left):g}" y="{y}" '
-                    f'width="{width:g}" height="{BAR}"/>'
-                )
+                lines.append(_rect(kind, self.x(left), y, width, f'height="{BAR}"'))
         return lines
 
     def _legend(self, y: int) -> list[str]:
@@ -174,5 +173,7 @@ class _Drawing:
             ]
         hidden = self.dimension.parts - self.ranks
         if hidden or self.x(self.dimension.total) < self.x(self.blocks * self.block):
-            lines.append(f'<text x="12" y="{y + 36}">{hidden} more ranks likewise</text>')
+            lines.append(
+                f'<text x="12" y="{y + 36}">{hidden} more ranks likewise</text>'
+            )
         return lines

@@ -54,14 +54,16 @@ KERNELS = {
 }
 
 
-def text(name: str, source: str, quantization: Quantization, all_: list[Verdict]) -> str:
+def text(
+    name: str, source: str, quantization: Quantization, all_: list[Verdict]
+) -> str:
     """Return the report on one or several sizes for people."""
-    block, model = quantization.block, all_[0].model
+    block, model = quantization.block, verdicts[0].model
     shown = f"FP8 in blocks of {block[0]} x {block[1]} ({quantization.format})"
     lines = [f"{name}: {shown}, by {source}"]
     lines += [f"  not known: {each}" for each in model.unknown]
     lines += [f"  {note}" for note in model.notes]
-    for verdict in all_:
+    for verdict in verdicts:
         lines += ["", *_size(verdict)]
     return "\n".join(lines)
 
@@ -72,20 +74,14 @@ def _size(verdict: Verdict) -> list[str]:
     lines = [f"TP {setting.tp} ({where}): {_says(verdict)}"]
     if verdict.undivided:
         return [*lines, f"  {verdict.undivided}"]
-    for row in verdict.rows:
-        lines += [f"  {_row(row)}"]
-        if row.cut and row.ours.kind != "stock":
-            lines += [f"      stock: {row.stock.text or row.stock.kind}"]
-            why = f" ({row.ours.why})" if row.ours.why else ""
-            lines += [f"      this package: {row.ours.kind}{why}"]
-            lines += [f"      {each}" for each in _straddles(row)]
-            if kernels := KERNELS.get(row.ours.kind if row.is_taken else row.stock.kind):
-                lines += [f"      kernels: {kernels}"]
-        elif not row.stock.runs:
-            lines += [f"      {row.stock.text}"]
-    lines += [f"  {_bytes(verdict)}"]
-    lines += [f"  or: {way}" for way in verdict.ways_out()]
-    return lines
+    whole = [r for r in verdict.rows if r.ours.kind == "stock" and r.stock.runs]
+    if whole:
+        names = ", ".join(f"{row.count} x {row.layer.name}" for row in whole)
+        lines.append(f"  in whole blocks: {names}")
+    for row in (row for row in verdict.rows if row not in whole):
+        lines += [f"  {line}" for line in _row(row)]
+    lines += [f"  {line}" for line in _bytes(verdict)]
+    return [*lines, *(f"  or: {way}" for way in verdict.ways_out())]
 
 
 def _says(verdict: Verdict) -> str:
@@ -99,15 +95,20 @@ def _says(verdict: Verdict) -> str:
     return SAYS[verdict.code]
 
 
-def _row(row: Row) -> str:
+def _row(row: Row) -> list[str]:
     layer = row.layer
     what = f"{layer.experts} experts of " if layer.kind == "experts" else ""
-    sizes = [f"{each.total} / {each.parts} = {each.size}" for each in row.cut]
-    said = f"cut: {', '.join(sizes)}" if sizes else "whole"
-    if row.cut and row.ours.kind == "stock":
-        said = "whole blocks, the last one partial"
     shape = " + ".join(map(str, layer.outputs))
-    return f"{row.count} x {layer.name} ({what}{shape} x {layer.inputs}): {said}"
+    cut = ", ".join(f"{d.total} / {d.parts} = {d.size}" for d in row.cut)
+    why = f" ({row.ours.why})" if row.ours.why else ""
+    kernels = KERNELS.get(row.ours.kind if row.is_taken else row.stock.kind, "none")
+    return [
+        f"cut: {row.count} x {layer.name}, {what}{shape} x {layer.inputs}: {cut}",
+        *(f"    {line}" for line in _straddles(row)),
+        f"    stock:        {row.stock.text or 'loads it'}",
+        f"    this package: {row.ours.kind}{why}",
+        f"    kernels:      {kernels}",
+    ]
 
 
 def _straddles(row: Row) -> list[str]:
@@ -118,24 +119,29 @@ def _straddles(row: Row) -> list[str]:
         parts = [f"{number}: {'+'.join(map(str, on))}" for number, on in shared[:8]]
         rest = f", and {len(shared) - 8} more" if len(shared) > 8 else ""
         if shared:
-            lines.append(f"blocks on several ranks, {', '.join(parts)}{rest}")
+            lines.append(f"block on ranks: {', '.join(parts)}{rest}")
     return lines
 
 
-def _bytes(verdict: Verdict) -> str:
-    real, stock, held = (verdict.largest(how) for how in ("real", "stock", "ours"))
-    parts = [f"real {gb(real)}"] if real is not None else []
-    parts += [f"stock allocates {gb(stock)}"] if stock is not None else []
-    parts += [f"this package {gb(held)}"] if held is not None else []
-    other = gb(verdict.model.other_bytes)
-    return (
-        f"weights and scales in blocks, largest rank: {', '.join(parts) or 'none'}; "
-        f"all other tensors: {other} in the checkpoint"
-    )
+def _bytes(verdict: Verdict) -> list[str]:
+    sizes = {
+        "real": verdict.largest("real"),
+        "stock allocates": verdict.largest("stock"),
+        "this package": verdict.largest("ours"),
+    }
+    known = [f"{how} {gb(size)}" for how, size in sizes.items() if size is not None]
+    lines = []
+    if known:
+        lines.append(f"FP8 weights and scales, largest rank: {', '.join(known)}")
+    if other := verdict.model.other_bytes:
+        lines.append(
+            f"other tensors of the checkpoint, all ranks together: {gb(other)}"
+        )
+    return lines
 
 
 def table(verdicts: list[Verdict]) -> str:
-    """Return one line for each size that divides the model, the one to choose marked."""
+    """Return a line for each size that divides the model; one to choose is marked."""
     best = chosen(verdicts)
     lines = [f"  {'TP':>3}  {'real':>9}  {'stock':>9}  {'ours':>9}"]
     for verdict in verdicts:
@@ -144,8 +150,8 @@ def table(verdicts: list[Verdict]) -> str:
         mark = ">" if verdict is best else " "
         lines.append(f"{mark} {verdict.setting.tp:>3}  {cells}  {_says(verdict)}")
     lines.append(
-        "GB of weights and scales in blocks on the largest rank, as allocated. > is the "
-        f"largest size up to {ONE_MACHINE} with hardly any padding."
+        "FP8 weights and scales on the largest rank, as allocated. > is the largest size "
+        f"up to {ONE_MACHINE} with hardly any padding."
     )
     return "\n".join(lines)
 

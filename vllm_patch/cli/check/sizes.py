@@ -7,7 +7,7 @@ from vllm_patch.cli.check.stock import Answer
 
 
 def real(layer: Layer, tp: int, block: tuple[int, int], rank: int) -> int:
-    """Return bytes of what a rank needs: its elements, and the scales of their blocks."""
+    """Return bytes of a rank's own elements, and of the scales of their blocks."""
     return _bytes(layer, tp, block, rank, is_padded=False)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each release of vLLM does with a quantized layer, as its sources have it.
 
-The one place for what ``vllm-patch check`` knows of vLLM: which release refuses, refines
-or pads what, and in which words. Errors are vLLM's own texts.
+The one place for what ``vllm-patch check`` knows of vLLM: which release refuses,
+refines or pads what, and in which words. Errors are vLLM's own texts.
 """
 
 import math
@@ -14,8 +14,8 @@ from packaging.version import Version
 
 from vllm_patch.cli.check.layers import Dimension, Layer
 
-# The first releases in which `Fp8MoEMethod` makes smaller blocks of blocks that are cut,
-# for Triton's kernels, and in which an explicit backend of another kind gets whole ones.
+# The first releases in which `Fp8MoEMethod` makes smaller blocks of those that are cut,
+# for Triton's kernels, and in which other backends that are asked for get whole ones.
 REFINES, SHARES_BLOCKS = "0.29.0", "0.31.0"
 # And experts of one projection instead of gate and up.
 UNGATED = "0.28.0"
@@ -120,10 +120,10 @@ def _experts(layer: Layer, setting: Setting) -> Answer:
     if not FORMATS[setting.format].refines or not setting.since(REFINES):
         return _asserted(size, setting.block)
     can_refine = refined >= SMALLEST_REFINED
-    is_explicit = setting.backend != AUTO and setting.since(SHARES_BLOCKS)
-    if is_explicit and not (can_refine and setting.backend == TRITON):
-        if block_n == block_k and tp > 1 and size % block_n:
-            return _shared(layer, setting)
+    is_asked_for = setting.backend != AUTO and setting.since(SHARES_BLOCKS)
+    is_square = block_n == block_k and tp > 1 and size % block_n
+    if is_asked_for and is_square and not (can_refine and setting.backend == TRITON):
+        return _shared(layer, setting)
     if not can_refine:
         return _asserted(size, setting.block)
     if setting.platform == "cpu":
@@ -138,10 +138,8 @@ def _asserted(size: int, block: tuple[int, int]) -> Answer:
     if size % block[0] == 0:
         parts = "The input_size of down's", "block_k", block[1]
     what, name, by = parts
-    return Answer(
-        "error",
-        f"{what} weight = {size} is not divisible by weight quantization {name} = {by}.",
-    )
+    rule = f"is not divisible by weight quantization {name} = {by}."
+    return Answer("error", f"{what} weight = {size} {rule}")
 
 
 def _shared(layer: Layer, setting: Setting) -> Answer:
@@ -193,7 +191,7 @@ def _early(layer: Layer, setting: Setting) -> Answer | None:
 
 
 def _loaded(layer: Layer, setting: Setting) -> Answer:
-    """Follow vLLM's loader, which counts rows of scales by itself, through all ranks."""
+    """Follow vLLM's loader, which counts rows of scales, through all ranks."""
     dimensions, block = layer.dimensions(setting.tp), setting.block[0]
     if not any(dimension.is_cut(block) for dimension in dimensions):
         return FINE
@@ -208,10 +206,8 @@ def _loaded(layer: Layer, setting: Setting) -> Answer:
     return Answer("wrong", "loads scales of other blocks, without an error")
 
 
-def rank_scales(
-    dimensions: tuple[Dimension, ...], block: int, rank: int
-) -> bool | str:
-    """Return whether a rank of a column-parallel layer gets its scales, or the error."""
+def rank_scales(dimensions: tuple[Dimension, ...], block: int, rank: int) -> bool | str:
+    """Return whether a rank's outputs get their scales, or the error."""
     rows = -(-sum(dimension.size for dimension in dimensions) // block)
     held: list[tuple[int, int] | None] = [None] * rows
     offset = 0
@@ -229,8 +225,8 @@ def rank_scales(
 def _out_of_range(start: int, count: int, length: int) -> str | None:
     """Return what torch says of such a slice of a dimension."""
     if start > length:
-        allowed = f"[-{length}, {length}]"
-        return f"start out of range (expected to be in range of {allowed}, but got {start})"
+        rule = f"expected to be in range of [-{length}, {length}], but got {start}"
+        return f"start out of range ({rule})"
     if start + count > length:
         return f"start ({start}) + length ({count}) exceeds dimension size ({length})."
     return None

@@ -8,8 +8,12 @@ from typing import Any
 from vllm_patch.cli.check import sizes
 from vllm_patch.cli.check.layers import Dimension, Layer, Layers
 from vllm_patch.cli.check.ours import Ours, ours
-from vllm_patch.cli.check.stock import AUTO, REFINES, SHARES_BLOCKS, Answer, Setting
-from vllm_patch.cli.check.stock import FORMATS, answer
+from vllm_patch.cli.check.stock import (
+    AUTO,
+    Answer,
+    Setting,
+    answer,
+)
 from vllm_patch.wrappers import VARIABLE
 
 AS_IT_IS, NEEDS_US, CANNOT_RUN = 0, 1, 2
@@ -45,7 +49,7 @@ class Row:
         return [each for each in dimensions if each.is_cut(block)]
 
     def bytes(self, rank: int, how: str) -> int:
-        """Return bytes of all these layers on a rank: ``real``, ``stock`` or ``ours``."""
+        """Return bytes of all these on a rank: ``real``, ``stock`` or ``ours``."""
         setting = self.setting
         place = self.layer, setting.tp, setting.block, rank
         if how == "real":
@@ -89,8 +93,14 @@ class Verdict:
         heads, tp = self.text.get("num_attention_heads"), self.setting.tp
         if type(heads) is int and heads % tp:
             return (
-                f"Total number of attention heads ({heads}) must be divisible by tensor "
-                f"parallel size ({tp})."
+                f"Total number of attention heads ({heads}) must be divisible by "
+                f"tensor parallel size ({tp})."
+            )
+        vocabulary = self.text.get("vocab_size")
+        # vLLM rounds it up.
+        if type(vocabulary) is int and -(-vocabulary // 64) * 64 % tp:
+            return (
+                f"vocab_size {vocabulary}, rounded up to 64, is not divisible by {tp}."
             )
         errors = (row.layer.undivided(tp) for row in self.rows)
         found = next(filter(None, errors), None)
@@ -157,16 +167,12 @@ class Verdict:
         found = []
         if any(row.ours.kind == "compact" for row in self.rows):
             padded = [
-                replace(row, ours=Ours("padded"))
-                if row.ours.kind == "compact"
-                else row
+                replace(row, ours=Ours("padded")) if row.ours.kind == "compact" else row
                 for row in self.rows
             ]
             ranks = range(self.setting.tp)
             most = max(sum(r.bytes(rank, "ours") for r in padded) for rank in ranks)
-            found.append(
-                f"{VARIABLE}=padded: any of vLLM's kernels, {gb(most)} a rank"
-            )
+            found.append(f"{VARIABLE}=padded: any of vLLM's kernels, {gb(most)} a rank")
         other = self.at(backend="deep_gemm")
         if self.setting.backend == AUTO and other.code == AS_IT_IS:
             (text,) = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
