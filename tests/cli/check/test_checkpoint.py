@@ -44,7 +44,7 @@ def test_files_that_the_index_does_not_name_are_left_out(folder):
 
 def test_a_missing_shard(folder):
     (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UsageError, match="00002-of-00003.* is missing, but in .*index"):
+    with pytest.raises(UsageError, match="00002-of-00003.* is missing, and .*index"):
         checkpoint.read(str(folder))
 
 

@@ -207,9 +207,8 @@ def _matrices(
         scales |= {name, scale}
         matrices[module] = Matrix(tensor.shape, tensors[scale].bytes_each)
     if others:
-        result.notes.append(
-            f"weights with scales {' and '.join(sorted(others))}: stock"
-        )
+        kinds = " and ".join(sorted(others))
+        result.notes.append(f"weights with scales {kinds} are left to stock")
     result.other_bytes = sum(t.bytes for n, t in tensors.items() if n not in scales)
     return matrices
 
@@ -251,22 +250,15 @@ def _pattern(name: str) -> str:
 def _fused_experts(parent: str, leaves: dict[str, Matrix]) -> Layer | None:
     """Return experts whose tensors are ``[experts, rows, columns]``."""
     roles = {EXPERT.get(leaf): matrix for leaf, matrix in leaves.items()}
-    down, both = roles.get("down"), roles.get("both")
-    gate, up = roles.get("gate"), roles.get("up")
-    if down is None or None in roles or len({m.shape[0] for m in roles.values()}) > 1:
+    down = roles.get("down")
+    if down is None:
         return None
     experts, hidden, size = down.shape
-    if both is not None:
-        is_known = both.shape[1:] == (2 * size, hidden) and len(roles) == 2
-        gate = both if is_known else None
-    elif (
-        gate is None
-        or up is None
-        or gate.shape != up.shape
-        or gate.shape[1:] != (size, hidden)
-    ):
-        return None
-    if gate is None:
+    shapes = {role: matrix.shape for role, matrix in roles.items() if role != "down"}
+    both = {"both": (experts, 2 * size, hidden)}
+    apart = dict.fromkeys(("gate", "up"), (experts, size, hidden))
+    # Some models store them the other way round: those are not known.
+    if shapes not in (both, apart):
         return None
     return _routed(parent, (size, size), hidden, experts, down)
 
@@ -315,18 +307,15 @@ def _add_linear(
     for leaf, matrix in left.items():
         name = f"{parent}.{leaf}"
         kind = "replicated" if is_indexer else _kind(leaf, leaves, fields)
-        if leaf in MERGED and kind is None and not is_indexer:
-            _add(result, _fused(name, leaf, matrix, fields), name)
-        elif kind is None or len(matrix.shape) != 2 or not all(matrix.shape):
+        if len(matrix.shape) != 2 or not all(matrix.shape):
             _add(result, None, name)
+        elif kind is None:
+            _add(result, _fused(name, leaf, matrix), name)
         else:
             rows, columns = matrix.shape
             scale = matrix.scale_bytes
-            _add(
-                result,
-                Layer(_pattern(name), kind, (rows,), columns, scale_bytes=scale),
-                name,
-            )
+            layer = Layer(_pattern(name), kind, (rows,), columns, scale_bytes=scale)
+            _add(result, layer, name)
 
 
 def _kind(leaf: str, siblings: dict[str, Matrix], fields: dict[str, Any]) -> Any:
@@ -359,21 +348,16 @@ def _merged(name: str, merged: list[Matrix], fields: dict[str, Any]) -> Layer | 
     return Layer(_pattern(name), kind, outputs, inputs, scale_bytes=scale)
 
 
-def _fused(
-    name: str, leaf: str, matrix: Matrix, fields: dict[str, Any]
-) -> Layer | None:
+def _fused(name: str, leaf: str, matrix: Matrix) -> Layer | None:
     """Return a layer whose shards are one tensor in the checkpoint, too."""
-    if len(matrix.shape) != 2 or not all(matrix.shape):
-        return None
     rows, inputs = matrix.shape
-    if leaf == "gate_up_proj" and rows % 2 == 0:
-        outputs = rows // 2, rows // 2
-        return Layer(
-            *(_pattern(name), "merged", outputs, inputs),
-            is_fused=True,
-            scale_bytes=matrix.scale_bytes,
-        )
-    return None
+    # Of others, config.json does not say where the shards lie.
+    if leaf != "gate_up_proj" or rows % 2:
+        return None
+    outputs, scale = (rows // 2, rows // 2), matrix.scale_bytes
+    return Layer(
+        *(_pattern(name), "merged", outputs, inputs), is_fused=True, scale_bytes=scale
+    )
 
 
 def _qkv(

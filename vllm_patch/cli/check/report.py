@@ -55,7 +55,7 @@ KERNELS = {
 
 
 def text(
-    name: str, source: str, quantization: Quantization, all_: list[Verdict]
+    name: str, source: str, quantization: Quantization, verdicts: list[Verdict]
 ) -> str:
     """Return the report on one or several sizes for people."""
     block, model = quantization.block, verdicts[0].model
@@ -150,8 +150,8 @@ def table(verdicts: list[Verdict]) -> str:
         mark = ">" if verdict is best else " "
         lines.append(f"{mark} {verdict.setting.tp:>3}  {cells}  {_says(verdict)}")
     lines.append(
-        "FP8 weights and scales on the largest rank, as allocated. > is the largest size "
-        f"up to {ONE_MACHINE} with hardly any padding."
+        "FP8 weights and scales of the largest rank, as allocated. > is the largest "
+        f"size up to {ONE_MACHINE} with hardly any padding."
     )
     return "\n".join(lines)
 
