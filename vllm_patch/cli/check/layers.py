@@ -21,13 +21,15 @@ MERGED = {
     "fused_qkv_a_proj": [("q_a_proj", "kv_a_proj_with_mqa"), ("wq_a", "wkv")],
 }
 ROW = "o_proj", "down_proj", "w2", "out_proj", "wo_b"
-COLUMN = "q_b_proj", "kv_b_proj", "wq_b", "wo_a", "in_proj_qkvz"
+COLUMN = "q_b_proj", "kv_b_proj", "wq_b", "wo_a", "in_proj_qkvz", "g_proj"
 REPLICATED = "q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "e_proj", "h_proj"
+# Modules of which each rank has all.
+WHOLE = "indexer", "compressor"
 # Roles of an expert's tensors, by name.
 EXPERT = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
 EXPERT |= {"down_proj": "down", "w2": "down", "gate_up_proj": "both"}
-_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)")
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_EXPERT = re.compile(r"(.*experts)\.(\d{1,7})")
+_LAYER = re.compile(r"\blayers\.(\d{1,7})\.")
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def layers(
         result.notes.append("layers for multi-token prediction are left out")
     experts = defaultdict(dict)
     for parent, leaves in parents.items():
-        if found := _EXPERT.fullmatch(f"{parent}.x"):
+        if found := _EXPERT.fullmatch(parent):
             experts[found[1]][int(found[2])] = leaves
         elif all(len(matrix.shape) == 3 for matrix in leaves.values()):
             _add(result, _fused_experts(parent, leaves), parent)
@@ -188,7 +190,9 @@ def _matrices(
     """Return modules in FP8 blocks; count all else."""
     matrices, scales, others = {}, set(), set()
     for name, tensor in tensors.items():
-        if tensor.dtype != "F8_E4M3" or len(tensor.shape) not in (2, 3):
+        # Scales of FP4 are FP8, too.
+        is_scale = name.rpartition(".")[2] in SCALES
+        if tensor.dtype != "F8_E4M3" or is_scale or len(tensor.shape) not in (2, 3):
             continue
         module = name.removesuffix(".weight")
         names = [f"{module}.{scale}" for scale in SCALES]
@@ -216,22 +220,20 @@ def _matrices(
 def _scale_kind(
     name: str, weight: Tensor, scale: str, found: Tensor, quantization: Quantization
 ) -> str:
-    shape = tuple(n for n in found.shape if n != 1)
+    shape, block = tuple(n for n in found.shape if n != 1), quantization.block
     rows = weight.shape[:-1]
-    if len(shape) == 0:
-        return "per tensor"
-    if quantization.block is not None:
-        block = quantization.block
+    if block is not None and len(found.shape) > 1:
         blocks = [-(-n // b) for n, b in zip(weight.shape[-2:], block, strict=True)]
         whole = *weight.shape[:-2], *blocks
         if shape == tuple(n for n in whole if n != 1):
             return "block"
+    if not shape:
+        return "per tensor"
     if shape in (rows, rows[-1:], weight.shape[:1]):
         return "per channel or expert"
     raise UsageError(
         f"{scale} in {found.file} has shape {list(found.shape)}, but {name} of "
-        f"{list(weight.shape)} in blocks of "
-        f"{quantization.block and list(quantization.block)} (by config.json's "
+        f"{list(weight.shape)} in blocks of {block and list(block)} (by config.json's "
         f"{quantization.format}) needs another. Download or quantize it again."
     )
 
@@ -295,18 +297,17 @@ def _add_linear(
 ) -> None:
     """Add a module's linear layers; those that vLLM merges, as one."""
     left = dict(leaves)
-    is_indexer = parent.rpartition(".")[2] == "indexer"
+    is_whole = parent.rpartition(".")[2] in WHOLE
     for name, groups in MERGED.items():
         for members in groups:
-            if is_indexer or not all(member in left for member in members):
+            if is_whole or not all(member in left for member in members):
                 continue
             merged = [left.pop(member) for member in members]
-            _add(
-                result, _merged(f"{parent}.{name}", merged, fields), f"{parent}.{name}"
-            )
+            full = f"{parent}.{name}"
+            _add(result, _merged(full, merged, fields), full)
     for leaf, matrix in left.items():
         name = f"{parent}.{leaf}"
-        kind = "replicated" if is_indexer else _kind(leaf, leaves, fields)
+        kind = "replicated" if is_whole else _kind(leaf, leaves, fields)
         if len(matrix.shape) != 2 or not all(matrix.shape):
             _add(result, None, name)
         elif kind is None:

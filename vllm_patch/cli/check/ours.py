@@ -96,7 +96,8 @@ def _why_padded(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | N
         return f"masked kernels take blocks of {BLOCK}, not {block}"
     if activation not in SILU or len(layer.outputs) == 1:
         return "masked kernels compute SiLU and gate only"
-    if text.get("swiglu_limit") or text.get("swiglu_limits"):
+    limits = text.get("swiglu_limits") or [text.get("swiglu_limit")]
+    if not isinstance(limits, list) or any(limits):
         return "masked kernels do not clamp the activation"
     if blocks > MOST_BLOCKS:
         return f"masked kernels take up to {MOST_BLOCKS} blocks a rank, not {blocks}"
