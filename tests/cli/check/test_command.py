@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_patch.cli.check import command, report
+from vllm_patch.cli.check.checkpoint import Tensor
 from vllm_patch.cli.main import main
 
 from . import files
@@ -196,6 +197,17 @@ def test_what_nobody_knows_is_said(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not known: latent_expert_size = 640" in out
     assert "cannot be told, for what is not known" in out
+
+
+def test_a_model_whose_only_cut_is_at_its_end(tmp_path, capsys):
+    """Stock loads it, and there is no expert to have a backend for."""
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    down = {"m.down_proj.weight": Tensor("F8_E4M3", (256, 1216), "")}
+    down["m.down_proj.weight_scale_inv"] = Tensor("F32", (2, 10), "")
+    files.write_file(folder / "model.safetensors", down)
+    assert main(["check", str(folder), "-tp", "1"]) == 0
+    assert "1 x m.down_proj, 256 x 1216: 1216 / 1 = 1216" in capsys.readouterr().out
 
 
 def test_unknown_tensors_are_said(tmp_path, capsys):

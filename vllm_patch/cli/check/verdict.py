@@ -134,9 +134,9 @@ class Verdict:
         """Return what else there is than this package as it is, with its price."""
         if not self.is_cut or self.undivided:
             return []
-        return [*filter(None, (self._smaller(), self._experts(), *self._others()))]
+        return [self._smaller(), self._experts(), *self._others()]
 
-    def _smaller(self) -> str | None:
+    def _smaller(self) -> str:
         for tp in range(self.setting.tp - 1, 0, -1):
             other = self.at(tp=tp)
             if not other.undivided and not other.is_cut and other.code == AS_IT_IS:
@@ -145,17 +145,14 @@ class Verdict:
                 return f"TP {tp} keeps blocks whole: {gb(there)} a rank{more}"
         return "no smaller TP keeps blocks whole"
 
-    def _experts(self) -> str | None:
-        tp, block = self.setting.tp, self.setting.block
+    def _experts(self) -> str:
         experts = [row for row in self.rows if row.layer.kind == "experts" and row.cut]
         if not experts:
             return "expert parallelism does not help: no experts are cut"
-        for row in experts:
-            layer = row.layer
-            if any(size % n for size in layer.outputs for n in block):
-                return "expert parallelism does not help: whole experts end in a block"
-            if layer.experts % tp:
-                return f"no expert parallelism: {layer.experts} experts on {tp} ranks"
+        if any(
+            n % b for r in experts for n in r.layer.outputs for b in r.setting.block
+        ):
+            return "expert parallelism does not help: whole experts end in a block"
         said = "whole experts; each step waits for the rank with the busiest ones"
         others = [row for row in self.rows if row not in experts and not row.stock.runs]
         if others:
@@ -174,11 +171,10 @@ class Verdict:
             most = max(sum(r.bytes(rank, "ours") for r in padded) for rank in ranks)
             found.append(f"{VARIABLE}=padded: any of vLLM's kernels, {gb(most)} a rank")
         other = self.at(backend="deep_gemm")
-        if self.setting.backend == AUTO and other.code == AS_IT_IS:
-            (text,) = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
-            found.append(
-                f"--moe-backend deep_gemm: {text}, {gb(other.largest('stock'))} a rank"
-            )
+        idle = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
+        if self.setting.backend == AUTO and other.code == AS_IT_IS and idle:
+            said = f"{' or '.join(sorted(idle))}, {gb(other.largest('stock'))} a rank"
+            found.append(f"--moe-backend deep_gemm: {said}")
         return found
 
 
