@@ -8,7 +8,7 @@ from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, dequantize
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
 from vllm_patch.cli.check.layers import Layer, Layers
-from vllm_patch.cli.check.stock import Setting
+from vllm_patch.cli.check.stock import BACKENDS, Setting
 from vllm_patch.cli.check.verdict import Verdict
 
 NAMES = "fp8", *FORMATS
@@ -224,6 +224,46 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
         if kind == "padded" and "up to" in row.ours.why:
             assert row.ours.why == method.store.because
         assert bytes_of(made) == row.bytes(rank, "ours")
+
+
+class Stop(Exception):
+    """Instead of the choice of kernels, which are not on this machine."""
+
+
+@pytest.mark.parametrize("total", [1536, 640, 1408, 704, 1000])
+@pytest.mark.parametrize(
+    "backend", [b for b in BACKENDS if b not in ("auto", "triton")]
+)
+def test_backends_that_are_asked_for(monkeypatch, backend, total):
+    """How vLLM shares experts out for them, before it looks for their kernels."""
+    from vllm.model_executor.layers.quantization import fp8
+
+    (row,) = verdict(routed(total), 8, "fp8", backend).rows
+    seen = []
+
+    def stop(config, *_, weight_key=None, **__):
+        seen.append((config, weight_key))
+        raise Stop
+
+    monkeypatch.setattr(fp8, "select_fp8_moe_backend", stop)
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
+    try:
+        experts.build(total, 8, 0, hidden=HIDDEN, backend=backend)
+    except ValueError as error:
+        assert row.stock.text == str(error)
+        return
+    except Stop:
+        ((config, weight_key),) = seen
+    if row.stock.kind == "shared":
+        assert config.tp_shard_with_padding
+        assert config.intermediate_size_per_partition == row.stock.block
+        return
+    assert row.stock.kind == "error"
+    blocks = [*weight_key.scale.group_shape]
+    if "deployment configuration" in row.stock.text:
+        assert blocks != [BLOCK, BLOCK]  # Which none of them takes.
+    else:
+        assert blocks == [BLOCK, BLOCK] and "not divisible" in row.stock.text
 
 
 def linear_cases():

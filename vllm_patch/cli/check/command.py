@@ -25,7 +25,7 @@ cannot be told, or wrong usage; of several sizes, the largest, and with --all
 that of the size to choose."""
 EXAMPLES = """\
   vllm-patch check Qwen/Qwen3-235B-A22B-FP8 -tp 8
-  vllm-patch check /models/GLM-4.7-FP8 --all
+  vllm-patch check /models/Qwen3-30B-A3B-FP8 --all
   vllm-patch check config.json -tp 4 -tp 8 --vllm-version 0.28.0 --json
   vllm-patch check config.json -tp 8 --plot cut.svg"""
 
