@@ -189,6 +189,18 @@ def test_what_vllm_leaves_unquantized(tmp_path, capsys):
     ]
 
 
+@pytest.mark.parametrize("pattern", ["re:(a+)+x", "re:" + ".*" * 5 + "x", "re:("])
+def test_a_pattern_that_would_take_forever(tmp_path, capsys, pattern):
+    fields = config("Qwen3-30B-A3B")
+    fields["quantization_config"] = {
+        **fields["quantization_config"],
+        "modules_to_not_convert": [pattern],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "4"]) == 2
+    assert "makes no sense (ValueError(" in capsys.readouterr().err
+
+
 def test_what_nobody_knows_is_said(tmp_path, capsys):
     fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
     fields["latent_expert_size"] = 640

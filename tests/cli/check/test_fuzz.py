@@ -46,6 +46,13 @@ FIELDS = sorted(
     | {"hidden_act", "quantization_config", "full_attention_interval"}
 )
 QUANTIZED = ["quant_method", "weight_block_size", "config_groups", "bits", "group_size"]
+PATTERNS = st.lists(
+    st.one_of(
+        st.text(max_size=8),
+        st.sampled_from(["re:(.*)*x", "re:" + ".*" * 9, "re:(", "re:.*mlp.*", "*g*"]),
+    ),
+    max_size=3,
+)
 QUANTIZED += ["modules_to_not_convert", "ignore", "quantized_layers", "quant_algo"]
 QUANTIZED += ["global_quant_config", "exclude", "data_type"]
 METHODS = st.sampled_from([*FORMATS, "auto-round", "awq", "mxfp8"])
@@ -76,7 +83,9 @@ def folder(tmp_path_factory):
 @given(
     base=st.sampled_from(SMALL),
     changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4),
-    quantization=st.dictionaries(st.sampled_from(QUANTIZED), VALUES, max_size=3),
+    quantization=st.dictionaries(
+        st.sampled_from(QUANTIZED), st.one_of(VALUES, PATTERNS), max_size=3
+    ),
     method=METHODS,
     cut=st.integers(0, 4000),
     tp=TP,
@@ -160,7 +169,7 @@ SIZES = st.sampled_from([0, 1, 64, 100, 128, 192, 256, 320, 1536, 2**40])
             n: NUMBERS for n in ("head_dim", "num_attention_heads", "hidden_size")
         },
     ),
-    block=st.sampled_from([(128, 128), (128, 64), (1, 1), (64, 64)]),
+    block=st.sampled_from([(128, 128), (128, 64), (8, 8), (64, 64)]),
     name=st.sampled_from([*FORMATS]),
     tp=TP,
     backend=st.sampled_from(BACKENDS),
@@ -180,8 +189,6 @@ def test_shapes(shapes, bad_scale, fields, block, name, tp, backend, platform):
     except UsageError as error:
         assert "again" in str(error)
         return
-    if any(max(layer.outputs) > 2**20 for layer in model.found):
-        return  # Answered in time that grows with the blocks: no machine holds these.
     setting = Setting(SUPPORTED[-1], tp, platform, backend, name, block)
     said = Verdict(model, fields, setting)
     assert report.text("x", "headers", how, [said]) and said.code in (0, 1, 2)

@@ -23,6 +23,8 @@ MERGED = {
 ROW = "o_proj", "down_proj", "w2", "out_proj", "wo_b"
 COLUMN = "q_b_proj", "kv_b_proj", "wq_b", "wo_a", "in_proj_qkvz", "g_proj"
 REPLICATED = "q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "e_proj", "h_proj"
+# Rows or columns that no layer has; more are not waited for.
+MOST = 1 << 22
 # Modules of which each rank has all.
 WHOLE = "indexer", "compressor"
 # Roles of an expert's tensors, by name.
@@ -239,7 +241,7 @@ def _scale_kind(
 
 
 def _add(result: Layers, layer: Layer | None, name: str) -> None:
-    if layer is None:
+    if layer is None or max(*layer.outputs, layer.inputs) > MOST:
         result.unknown.append(_pattern(name))
     else:
         result.found[layer] += 1

@@ -4,16 +4,59 @@
 import fnmatch
 import re
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from vllm_patch.cli import UsageError
 from vllm_patch.cli.block_format import FORMATS
 
-# Some checkpoints write patterns of either kind, for vLLM's module or the tensor's.
-REGEX = "re:"
+# Of checkpoints' patterns: what they start with, how many there may be, and repetitions
+# in one of them and of a group, which a match could take forever on.
+REGEX, MOST_PATTERNS, MOST_REPEATS = "re:", 1000, 4
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 INC = "inc", "auto-round", "auto_round"
 MIXED = "modelopt-mixed"
-MOST_BLOCK = 1 << 20
+LEAST_BLOCK, MOST_BLOCK = 8, 1 << 20
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Modules by names, parts of names between dots, and patterns."""
+
+    names: frozenset[str] = frozenset()
+    patterns: tuple[re.Pattern, ...] = ()
+
+    @classmethod
+    def of(cls, listed: Any) -> "Modules":
+        """Read a list of a config; raise ValueError if a pattern is none."""
+        texts = [text for text in listed or () if isinstance(text, str)]
+        patterns = []
+        for text in texts:
+            if text.startswith(REGEX):
+                patterns.append(_compiled(text.removeprefix(REGEX)))
+            elif "*" in text:
+                patterns.append(re.compile(fnmatch.translate(text)))
+        if len(patterns) > MOST_PATTERNS:
+            raise ValueError(f"{len(patterns)} patterns")
+        return cls(frozenset(texts), tuple(patterns))
+
+    def has(self, module: str) -> bool:
+        parts = module.split(".")
+        ends = range(len(parts) + 1)
+        names = (".".join(parts[i:j]) for i, j in combinations(ends, 2))
+        return any(name in self.names for name in names) or any(
+            pattern.match(module) for pattern in self.patterns
+        )
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    repeats = sum(pattern.count(sign) for sign in "*+{")
+    if repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+        raise ValueError(f"the pattern {pattern[:80]!r}, which repeats too much")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern {pattern[:80]!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -23,32 +66,21 @@ class Quantization:
     Attributes:
         format: Its name in the patch table, or what the config calls it.
         block: Rows and columns of a quant block; None if weights are not FP8 in blocks.
-        unquantized: Names and patterns of modules that are left in 16 bits.
+        unquantized: Modules that are left in 16 bits.
         listed: With a mixed format, the only modules in blocks; else None.
 
     """
 
     format: str
     block: tuple[int, int] | None
-    unquantized: tuple[str, ...] = ()
-    listed: tuple[str, ...] | None = None
+    unquantized: Modules = Modules()
+    listed: Modules | None = None
 
     def takes(self, module: str) -> bool:
         """Whether a module's weights are in blocks, by the config alone."""
-        if self.block is None or any(_is(module, name) for name in self.unquantized):
+        if self.block is None or self.unquantized.has(module):
             return False
-        return self.listed is None or any(_is(module, name) for name in self.listed)
-
-
-def _is(module: str, name: str) -> bool:
-    if name.startswith(REGEX):
-        try:
-            return re.match(name.removeprefix(REGEX), module) is not None
-        except re.error:
-            return False
-    if "*" in name:
-        return fnmatch.fnmatchcase(module, name)
-    return f".{name}." in f".{module}."
+        return self.listed is None or self.listed.has(module)
 
 
 def read(fields: dict[str, Any], source: str) -> Quantization:
@@ -78,7 +110,7 @@ def _read(found: dict[str, Any]) -> Quantization:
     known = FORMATS.get(method)
     if known is None:
         return Quantization(method, None)
-    unquantized = _names(found.get(known.unquantized))
+    unquantized = Modules.of(found.get(known.unquantized))
     listed = found.get("quantized_layers")
     if method == "modelopt" and listed:
         names = [
@@ -87,7 +119,7 @@ def _read(found: dict[str, Any]) -> Quantization:
             if layer.get("quant_algo") == "FP8_PB_WO"
         ]
         block = [128, 128] if names else None
-        return Quantization(MIXED, _block(block), unquantized, tuple(names))
+        return Quantization(MIXED, _block(block), unquantized, Modules.of(names))
     return Quantization(method, _block(known.blocks(found)), unquantized)
 
 
@@ -96,10 +128,6 @@ def _block(block: Any) -> tuple[int, int] | None:
         return None
     rows, columns = block
     for size in (rows, columns):
-        if type(size) is not int or not 0 < size <= MOST_BLOCK:
+        if type(size) is not int or not LEAST_BLOCK <= size <= MOST_BLOCK:
             raise ValueError(f"quant blocks of {str(block)[:80]}")
     return rows, columns
-
-
-def _names(found: Any) -> tuple[str, ...]:
-    return tuple(name for name in found or () if isinstance(name, str))
