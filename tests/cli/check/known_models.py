@@ -36,7 +36,7 @@ def verdict(name: str, tp: int, release: str = releases.SUPPORTED[-1]) -> Verdic
     how = quantization.read(fields, name)
     implied = derived.tensors(fields, how)
     model = layers.layers(implied.tensors, how, fields)
-    model.unknown += implied.unknown
+    model.unknown.update(implied.unknown)
     setting = Setting(release, tp, "hopper", "auto", how.format, how.block)
     return Verdict(model, fields, setting)
 

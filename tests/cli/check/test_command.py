@@ -189,6 +189,24 @@ def test_what_vllm_leaves_unquantized(tmp_path, capsys):
     ]
 
 
+def test_names_are_whole(tmp_path, capsys):
+    """MiniMax-M2's "gate" is the router, not each gate_proj."""
+    fields = config("MiniMax-M2")
+    fields["quantization_config"] = {
+        **fields["quantization_config"],
+        "modules_to_not_convert": [
+            "gate",
+            "e_score_correction_bias",
+            "lm_head",
+            "o_pr*",
+        ],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    main(["check", str(tmp_path), "-tp", "8", "--json"])
+    (size,) = json.loads(capsys.readouterr().out)["sizes"]
+    assert [each["kind"] for each in size["layers"]] == ["qkv", "row", "experts"]
+
+
 @pytest.mark.parametrize("pattern", ["re:(a+)+x", "re:" + ".*" * 5 + "x", "re:("])
 def test_a_pattern_that_would_take_forever(tmp_path, capsys, pattern):
     fields = config("Qwen3-30B-A3B")

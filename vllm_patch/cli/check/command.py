@@ -149,7 +149,7 @@ def _layers(found: Checkpoint, how: Quantization, text: dict) -> tuple[Layers, s
         return model, "headers"
     implied = derived.tensors(text, how)
     model = layers.layers(implied.tensors, how, text)
-    model.unknown += implied.unknown
+    model.unknown.update(implied.unknown)
     model.other_bytes = 0  # Embeddings and norms are not derived.
     model.notes.append(
         "derived from config.json alone: the checkpoint's folder or hub id would tell"

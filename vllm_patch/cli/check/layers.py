@@ -131,7 +131,7 @@ class Layers:
     """
 
     found: Counter[Layer] = field(default_factory=Counter)
-    unknown: list[str] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     other_bytes: int = 0
 
@@ -242,7 +242,7 @@ def _scale_kind(
 
 def _add(result: Layers, layer: Layer | None, name: str) -> None:
     if layer is None or max(*layer.outputs, layer.inputs) > MOST:
-        result.unknown.append(_pattern(name))
+        result.unknown[_pattern(name)] += 1
     else:
         result.found[layer] += 1
 

@@ -171,7 +171,7 @@ def as_json(
         "format": quantization.format,
         "block": quantization.block,
         "source": source,
-        "unknown": model.unknown,
+        "unknown": [*model.unknown],
         "notes": model.notes,
         "other_bytes": model.other_bytes,
         "code": max(verdict.code for verdict in verdicts),
