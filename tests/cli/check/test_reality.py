@@ -1,5 +1,7 @@
 """That ``check`` says what vLLM does: its real classes, on every rank, both ways."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,12 +14,21 @@ from vllm_patch.cli.check.stock import BACKENDS, Setting
 from vllm_patch.cli.check.verdict import Verdict
 
 NAMES = "fp8", *FORMATS
+MIXED = "modelopt-mixed"
+MIXED_LINEAR = replace(
+    FORMATS["modelopt"],
+    row=MIXED,
+    source={
+        **FORMATS[MIXED].source,
+        "quantized_layers": {"model.layers.0.layer": {"quant_algo": "FP8_PB_WO"}},
+    },
+)
 # Experts of each: whole blocks, half ones (refined to 64), a fourth (32), g = 16, five
 # blocks on eight ranks, eleven (odd leads), a partial last block, over four blocks.
 TOTALS = 1024, 1536, 2304, 640, 1408, 704, 5376
 HIDDEN = 256
 # Rows or columns: whole blocks at all sizes, then as above; 10944 is 85.5 blocks.
-SIZES = 1024, 512, 640, 1216, 2200, 10944
+SIZES = 1024, 640, 2200, 10944
 LINEAR = [
     *(Layer("column", "column", (n,), HIDDEN) for n in SIZES),
     *(Layer("row", "row", (HIDDEN,), n) for n in SIZES),
@@ -271,7 +282,7 @@ def linear_cases():
     for layer in LINEAR:
         for tp in (1, 8):
             yield "fp8", layer, tp
-    for name in (name for name in FORMATS if FORMATS[name].cut_linear):
+    for name in (n for n in FORMATS if FORMATS[n].cut_linear or n == MIXED):
         for layer in LINEAR[1::3]:
             yield name, layer, 8
 
@@ -283,6 +294,7 @@ def linear_cases():
     ids=lambda x: f"{x.kind}-{x.outputs}-{x.inputs}" if isinstance(x, Layer) else None,
 )
 def test_linear_layers(format_name, layer, tp, monkeypatch, plugin):
+    monkeypatch.setitem(FORMATS, MIXED, MIXED_LINEAR)
     (row,) = verdict(layer, tp, format_name).rows
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", "off")
     errors, are_right = [], []
