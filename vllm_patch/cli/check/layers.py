@@ -138,7 +138,7 @@ class Layers:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight: its shape, and bytes of each block scale if it is in blocks, else 0."""
+    """A weight in quant blocks: its shape, and bytes of one of its scales."""
 
     shape: tuple[int, ...]
     scale_bytes: int
@@ -159,13 +159,14 @@ def layers(
 
     """
     result = Layers()
-    modules, parents = {}, defaultdict(dict)
+    parents, is_all = defaultdict(dict), True
     for name, matrix in _matrices(tensors, quantization, result).items():
-        modules[name] = matrix
-        if not _is_left_out(name, fields):
-            parent, _, leaf = name.rpartition(".")
-            parents[parent][leaf] = matrix
-    if len(modules) > sum(map(len, parents.values())):
+        if _is_left_out(name, fields):
+            is_all = False
+            continue
+        parent, _, leaf = name.rpartition(".")
+        parents[parent][leaf] = matrix
+    if not is_all:
         result.notes.append("layers for multi-token prediction are left out")
     experts = defaultdict(dict)
     for parent, leaves in parents.items():

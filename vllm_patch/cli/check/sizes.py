@@ -1,21 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of a layer's weights and scales on a rank, as it is stored there."""
 
-from vllm_patch.cli.check.layers import Dimension, Layer
-from vllm_patch.cli.check.ours import Ours
+from vllm_patch.cli.check.layers import Layer
 from vllm_patch.cli.check.stock import Answer
 
 
-def real(layer: Layer, tp: int, block: tuple[int, int], rank: int) -> int:
-    """Return bytes of a rank's own elements, and of the scales of their blocks."""
-    return _bytes(layer, tp, block, rank, is_padded=False)
-
-
-def with_us(
-    layer: Layer, tp: int, block: tuple[int, int], rank: int, ours: Ours
+def sliced(
+    layer: Layer, tp: int, block: tuple[int, int], rank: int, is_padded: bool
 ) -> int:
-    """Return bytes that a rank allocates for a layer that this package takes."""
-    return _bytes(layer, tp, block, rank, is_padded=ours.kind == "padded")
+    """Return bytes of a rank's own elements, and of the scales of their blocks.
+
+    Args:
+        layer: What ranks share.
+        tp: How many they are.
+        block: Rows and columns of a quant block.
+        rank: One of them.
+        is_padded: Whether elements come in whole blocks, as this package pads them.
+
+    """
+    block_n, block_k = block
+    dimensions = layer.dimensions(tp)
+    by_rows = layer.inputs, _ceil(layer.inputs, block_k)
+    by_columns = layer.outputs[0], _ceil(layer.outputs[0], block_n)
+    if layer.kind == "row":
+        parts = [(dimensions[0], block_k, by_columns)]
+    elif layer.kind == "experts":
+        # Down's rows are the inputs of gate and up.
+        hidden = layer.inputs, _ceil(layer.inputs, block_n)
+        parts = [(dimensions[0], block_n, by_rows)] * len(layer.outputs)
+        parts += [(dimensions[0], block_k, hidden)]
+    else:
+        parts = [(each, block_n, by_rows) for each in dimensions]
+    total = 0
+    for dimension, unit, (elements, blocks) in parts:
+        shard = dimension.shard(unit, rank)
+        total += (shard.span if is_padded else shard.size) * elements
+        total += layer.scale_bytes * shard.num_blocks * blocks
+    return layer.experts * total
 
 
 def in_stock(
@@ -40,34 +61,6 @@ def in_stock(
         weights = rows * columns
         scales = _ceil(rows, block_n) * _ceil(columns, block_k)
     return layer.experts * (weights + layer.scale_bytes * scales)
-
-
-def _bytes(
-    layer: Layer, tp: int, block: tuple[int, int], rank: int, is_padded: bool
-) -> int:
-    block_n, block_k = block
-    dimensions = layer.dimensions(tp)
-    by_rows = layer.inputs, _ceil(layer.inputs, block_k)
-    by_columns = layer.outputs[0], _ceil(layer.outputs[0], block_n)
-    parts = []
-    if layer.kind == "row":
-        parts = [(dimensions[0], block_k, by_columns)]
-    elif layer.kind == "experts":
-        # Down's rows are the inputs of gate and up.
-        hidden = layer.inputs, _ceil(layer.inputs, block_n)
-        parts = [(dimensions[0], block_n, by_rows)] * len(layer.outputs)
-        parts += [(dimensions[0], block_k, hidden)]
-    else:
-        parts = [(each, block_n, by_rows) for each in dimensions]
-    return layer.experts * sum(
-        _size(dimension, unit, rank, is_padded) * elements
-        + layer.scale_bytes * dimension.shard(unit, rank).num_blocks * blocks
-        for dimension, unit, (elements, blocks) in parts
-    )
-
-
-def _size(dimension: Dimension, block: int, rank: int, is_padded: bool) -> int:
-    return dimension.shard(block, rank).span if is_padded else dimension.size
 
 
 def _ceil(size: int, block: int) -> int:

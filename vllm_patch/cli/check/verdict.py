@@ -53,12 +53,11 @@ class Row:
         setting = self.setting
         place = self.layer, setting.tp, setting.block, rank
         if how == "real":
-            each = sizes.real(*place)
-        elif how == "ours" and self.is_taken:
-            each = sizes.with_us(*place, self.ours)
-        else:
-            each = sizes.in_stock(*place, self.stock)
-        return self.count * each
+            return self.count * sizes.sliced(*place, is_padded=False)
+        if how == "ours" and self.is_taken:
+            is_padded = self.ours.kind == "padded"
+            return self.count * sizes.sliced(*place, is_padded)
+        return self.count * sizes.in_stock(*place, self.stock)
 
 
 @dataclass(frozen=True)
