@@ -142,7 +142,7 @@ FORMATS = {
         ("fp8", "0.26.0", "error", "compact", ""),
         ("compressed-tensors", "0.33.0", "error", "compact", ""),
         ("quark", "0.33.0", "error", "compact", ""),
-        ("quark", "0.28.0", "error", "left", "taken from vLLM 0.30.0"),
+        ("quark", "0.28.0", "unknown", "left", "taken from vLLM 0.30.0"),
         ("modelopt", "0.33.0", "error", "left", "vLLM has no experts of modelopt"),
         ("modelopt-mixed", "0.33.0", "refined", "compact", ""),
         ("inc", "0.33.0", "error", "left", "vLLM has no experts of inc"),
@@ -271,6 +271,8 @@ def test_the_table(capsys, monkeypatch):
     assert sizes == [1, 2, 4, 8]
     (marked,) = (line for line in lines if line.startswith(">"))
     assert int(marked[2:5]) == 8
+    assert main(["check", QWEN, "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["code"] == 0
 
 
 def test_neither_vllm_nor_torch():

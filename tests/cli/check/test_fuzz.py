@@ -230,7 +230,7 @@ def test_shapes(
     setting = Setting(release, tp, platform, backend, name, block)
     said = Verdict(model, fields, setting)
     assert report.text("x", "headers", how, [said]) and said.code in (0, 1, 2)
-    assert json.dumps(report.as_json("x", "headers", how, [said]))
+    assert json.dumps(report.as_json("x", "headers", how, [said], 0))
     for row in said.rows:
         if row.cut and row.is_taken:
             assert plot.drawing(row).startswith("<svg")

@@ -66,7 +66,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--moe-backend", choices=BACKENDS, default=BACKENDS[0], help="as for vllm serve"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON; python -m pydoc vllm_patch.cli.check.report documents it",
+    )
     parser.add_argument(
         "--plot",
         type=Path,
@@ -107,18 +111,20 @@ def run(args: argparse.Namespace) -> int:
     ]
     if args.all:
         verdicts = [verdict for verdict in verdicts if not verdict.undivided]
+    code = max(verdict.code for verdict in verdicts)
+    if args.all:
+        best = chosen(verdicts)
+        code = best.code if best else CANNOT_RUN
     if args.json:
-        print(json.dumps(report.as_json(found.name, source, how, verdicts), indent=2))
+        said = report.as_json(found.name, source, how, verdicts, code)
+        print(json.dumps(said, indent=2))
     elif args.all:
         print(report.table(verdicts))
     else:
         print(report.text(found.name, source, how, verdicts))
     if args.plot:
         plot.write(verdicts, args.plot)
-    if args.all:
-        best = chosen(verdicts)
-        return best.code if best else CANNOT_RUN
-    return max(verdict.code for verdict in verdicts)
+    return code
 
 
 def _say_not_in_blocks(how: Quantization, name: str, as_json: bool) -> int:

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_patch.cli.check.layers import Layer
-from vllm_patch.cli.check.stock import AUTO, TRITON, UNGATED, Setting
-from vllm_patch.patch_table import PATCHES
+from vllm_patch.cli.check.stock import AUTO, TRITON, UNGATED, Setting, since
 from vllm_patch.wrappers import MODES, OFF, VARIABLE
 
-# Formats by the name of their row in the patch table, where that is another.
-ROWS = {"fp8": "layers"}
 # What it takes of formats that it does not take whole.
 LINEAR_ONLY = "modelopt", "inc"
 # Blocks that masked kernels hold of one rank, and their size.
@@ -32,12 +29,6 @@ class Ours:
 
     kind: Literal["stock", "compact", "padded", "left"]
     why: str = ""
-
-
-def since(checkpoint_format: str) -> str:
-    """Return the first release in which a format's layers are taken."""
-    name = ROWS.get(checkpoint_format, checkpoint_format)
-    return next(patch.since for patch in PATCHES if patch.name == name)
 
 
 def ours(layer: Layer, setting: Setting, text: dict[str, Any]) -> Ours:

@@ -10,7 +10,7 @@ changes or goes without another number.
     source                      "headers", or "config" if tensors are derived from it
     unknown, notes              layers nobody here can judge; what else was left out
     other_bytes                 of the checkpoint's tensors that are not in FP8 blocks
-    code                        the exit code: the largest of all sizes
+    code                        the exit code
     sizes                       one for each --tp:
       tp, code, error           size, its exit code, why vLLM starts no model, or null
       bytes                     of quantized layers, largest rank: real; stock and ours
@@ -157,7 +157,11 @@ def table(verdicts: list[Verdict]) -> str:
 
 
 def as_json(
-    name: str, source: str, quantization: Quantization, verdicts: list[Verdict]
+    name: str,
+    source: str,
+    quantization: Quantization,
+    verdicts: list[Verdict],
+    code: int,
 ) -> dict[str, Any]:
     """Return the report for machines; the module says what it holds."""
     setting, model = verdicts[0].setting, verdicts[0].model
@@ -174,7 +178,7 @@ def as_json(
         "unknown": [*model.unknown],
         "notes": model.notes,
         "other_bytes": model.other_bytes,
-        "code": max(verdict.code for verdict in verdicts),
+        "code": code,
         "sizes": [_size_json(verdict) for verdict in verdicts],
     }
 

@@ -13,6 +13,7 @@ from typing import Literal
 from packaging.version import Version
 
 from vllm_patch.cli.check.layers import Dimension, Layer
+from vllm_patch.patch_table import PATCHES
 
 # The first releases in which `Fp8MoEMethod` makes smaller blocks of those that are cut,
 # for Triton's kernels, and in which other backends that are asked for get whole ones.
@@ -50,6 +51,16 @@ FORMATS = {
 }
 
 
+# Formats by the name of their row in the patch table, where that is another.
+ROWS = {"fp8": "layers"}
+
+
+def since(checkpoint_format: str) -> str:
+    """Return the first release of which it is known here how it reads a format."""
+    name = ROWS.get(checkpoint_format, checkpoint_format)
+    return next(patch.since for patch in PATCHES if patch.name == name)
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where a model is to run.
@@ -82,13 +93,13 @@ class Answer:
     Attributes:
         kind: ``fine``, ``refined`` (to smaller blocks), ``shared`` (in whole blocks, of
             which the last ranks may get none), ``wrong`` (loads, with scales of other
-            blocks), or ``error``.
+            blocks), ``error``, or ``unknown``.
         text: The error, or what is to be said of it.
         block: The refined block, else the checkpoint's rows.
 
     """
 
-    kind: Literal["fine", "refined", "shared", "wrong", "error"]
+    kind: Literal["fine", "refined", "shared", "wrong", "error", "unknown"]
     text: str = ""
     block: int = 0
 
@@ -104,6 +115,9 @@ def answer(layer: Layer, setting: Setting) -> Answer:
     """Return what stock vLLM does with a layer."""
     if undivided := layer.undivided(setting.tp):
         return Answer("error", f"{undivided} are not divisible by TP {setting.tp}")
+    if not setting.since(first := since(setting.format)):
+        known = f"{setting.format} in FP8 blocks is known from vLLM {first} on"
+        return Answer("unknown", known)
     if layer.kind == "experts":
         return _experts(layer, setting)
     if layer.kind == "row":
