@@ -121,11 +121,11 @@ def _files(folder: Path) -> Iterator[Path]:
         return
     placed = parsed(_text(folder / INDEX, again), str(folder / INDEX), again)
     placed = placed.get("weight_map")
-    if not isinstance(placed, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in placed.values()
-    ):
+    names = [*placed.values()] if isinstance(placed, dict) else [None]
+    are_names = all(isinstance(name, str) for name in names)
+    if not are_names or any(Path(name).name != name for name in set(names)):
         raise UsageError(f"{folder / INDEX} has no weight_map of file names. {again}")
-    for name in sorted(set(placed.values())):
+    for name in sorted(set(names)):
         if not (folder / name).is_file():
             raise UsageError(
                 f"{folder / name} is missing, and {INDEX} names it. {again}"
