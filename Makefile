@@ -82,7 +82,7 @@ tables: $(TEST)/ready
 	$(TEST)/bin/python -m tests.cli.check.known_models tests/cli/check/known_models.md \
 	  benchmarks/results/cut_1536_tp_8.svg
 
-# Nonsense for `vllm-patch check`, 102,000 times; 15 minutes.
+# Nonsense for `vllm-patch check`, 102,000 times; 7 minutes.
 fuzz: $(TEST)/ready
 	FUZZ_EXAMPLES=34000 $(TEST)/bin/python -m pytest -q --vllm installed \
 	  tests/cli/check/test_fuzz.py
