@@ -11,8 +11,8 @@ ENDS_TESTS := tests/benchmarks \
 	$(addprefix tests/cli/test_, comparison.py model_config.py parity.py synthetic.py) \
 	$(addprefix tests/fp8_tp_padding/test_, columns.py input_quant.py \
 	linear_properties.py masked_moe.py shard.py tiles.py) \
-	$(addprefix tests/cli/check/test_, checkpoint.py command.py fuzz.py hub.py \
-	known_models.py plot.py)
+	$(addprefix tests/cli/check/test_, checkpoint.py command.py derived.py fuzz.py \
+	hub.py known_models.py layers.py plot.py)
 # Of those that have git patches: what `make test` checks of them.
 PATCHED ?= 0.26.0 0.28.0 0.32.0 0.33.0
 ALL_RELEASES := 0.26.0 0.27.0 0.27.1 0.28.0 0.29.0 0.30.0 0.31.0 0.32.0 0.33.0
