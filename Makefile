@@ -10,7 +10,9 @@ ENDS ?= 0.26.0 0.33.0
 ENDS_TESTS := tests/benchmarks tests/test_damaged_checkpoints.py \
 	$(addprefix tests/cli/test_, comparison.py model_config.py parity.py synthetic.py) \
 	$(addprefix tests/fp8_tp_padding/test_, columns.py input_quant.py \
-	linear_properties.py masked_moe.py shard.py tiles.py)
+	linear_properties.py masked_moe.py shard.py tiles.py) \
+	$(addprefix tests/cli/check/test_, checkpoint.py command.py derived.py fuzz.py \
+	hub.py known_models.py layers.py plot.py)
 # Of those that have git patches: what `make test` checks of them.
 PATCHED ?= 0.26.0 0.28.0 0.32.0 0.33.0
 # Whatever the release under test.
@@ -28,7 +30,8 @@ WORKERS := -n auto --maxprocesses 4
 # Most of vLLM's start is compiling its modules, where Python may not keep them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all patches check-patches test-patches kernels lint clean
+.PHONY: demo test test-all patches check-patches test-patches kernels tables fuzz lint \
+	clean
 
 # Real engine, Qwen3-MoE of 1536 columns at TP 8: stock fails, patched serves.
 demo: $(DEMO)/ready
@@ -76,6 +79,16 @@ test-patches: $(TEST)/ready
 # Compiles the masked kernels, without a GPU: registers, spills, shared memory.
 kernels: $(TEST)/ready
 	$(TEST)/bin/python -m benchmarks.compile_kernels
+
+# What the README shows of `vllm-patch check`: known models, and how blocks are cut.
+tables: $(TEST)/ready
+	$(TEST)/bin/python -m tests.cli.check.known_models tests/cli/check/known_models.md \
+	  benchmarks/results/cut_1536_tp_8.svg
+
+# Nonsense for `vllm-patch check`, 102,000 times; 7 minutes.
+fuzz: $(TEST)/ready
+	FUZZ_EXAMPLES=34000 $(TEST)/bin/python -m pytest -q --vllm installed \
+	  tests/cli/check/test_fuzz.py
 
 lint: $(TEST)/ready
 	$(TEST)/bin/ruff check .

@@ -18,8 +18,8 @@ First, with a small checkpoint of the same layers, the rank's logits of ``this``
 compared with those of ``padded``: they may differ as much as those of ``refined`` do,
 or, where stock refuses, by 2**-5.
 
-``--no-compile`` serves prompts of 1 to 16384 tokens instead, while vLLM's monitor makes
-an error of each kernel that compiles after the start.
+``--no-compile`` serves prompts of 1 to 16384 tokens and batches of up to 256 instead,
+while vLLM's monitor makes an error of each kernel that compiles after the start.
 
 Other ranks' work and communication are left out: what a step's all-reduces would take,
 by a model (``communication.py``), is a column of the rows. ``--resume`` goes on with a
@@ -70,12 +70,14 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # Its warm-up takes many minutes; linear layers are the same for all ways.
+    # Its warm-up takes many minutes. Linear layers are the same for all ways; experts
+    # of expert parallelism, which are DeepGEMM's without FlashInfer's, become Triton's.
     "VLLM_USE_DEEP_GEMM": "0",
 }
 RANDOM_ROUTING = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
 TOLERATED = 2**-5
 SWEEP = [*range(1, 1025), *range(1025, 16384, 61), 16384]
+SWEPT_BATCHES = [2, 3, 5, 8, 13, 32, 63, 128, 200, 256]
 CHECKED = {"num_hidden_layers": 2, "vocab_size": 8192}
 SECONDS = 900
 
@@ -126,22 +128,25 @@ def main(argv: list[str] | None = None) -> int:
     common = environment(args.commit)
     for name, value in common.items():
         print(f"{name:8} {value}")
+    if args.no_compile:
+        return _end([text for model in args.models for text in _sweep(model, args)])
     done = _read(args.csv) if args.resume else []
     problems = []
     with open(args.csv, "a" if done else "w", newline="") as file:
         rows = Rows(file, common, header=[*done[0]] if done else None)
         for model in args.models:
-            if args.no_compile:
-                problems += _sweep(model, args)
-                continue
             if not args.no_check and not _has(done, model, "check"):
                 problems += _check(model, args, rows)
             for mode in args.modes:
                 for way in args.ways:
                     if not _has(done, model, mode, way):
                         problems += _measure(model, mode, way, args, rows)
-    if not args.no_compile:
-        _report(_read(args.csv))
+    _report(_read(args.csv))
+    return _end(problems)
+
+
+def _end(problems: list[str]) -> int:
+    """Print what went wrong; return the exit status."""
     print(f"\n{len(problems)} problems", *problems, sep="\n")
     return 1 if problems else 0
 
@@ -291,7 +296,7 @@ def _sweep(model: Model, args: argparse.Namespace) -> list[str]:
     """Serve prompts of many lengths; return what compiled after the start."""
     problems = []
     for mode in args.modes:
-        spec = spec_of(model, mode, "this", sweep=SWEEP)
+        spec = spec_of(model, mode, "this", sweep=SWEEP, batches=SWEPT_BATCHES)
         spec["engine"]["jit_monitor_mode"] = "error"
         try:
             _random_weights(model, args.layers or 2, "this", spec)
@@ -370,7 +375,7 @@ def _row(
         added = f"{communication.step_ms(tokens, hidden, layers):.3f}"
     return {
         "model": model.name,
-        "tp_size": model.tp_size,
+        "tp_size": model.tp_size // (1 + WAYS[way].halves),
         "layers": layers,
         "mode": mode,
         "way": way,

@@ -67,6 +67,13 @@ class Engine:
         outputs = self.llm.llm_engine.step()
         return time.perf_counter() - started, len(outputs)
 
+    def serve(self, prompts: list[int], tokens: int) -> None:
+        """Serve prompts of these lengths to the end."""
+        for length in prompts:
+            self.add(length, tokens)
+        for _ in self.steps():
+            pass
+
     def steps(self) -> Iterator[tuple[float, int]]:
         """Step until nothing is left to do."""
         while self.llm.llm_engine.has_unfinished_requests():
@@ -89,9 +96,9 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     if "logits" in spec:
         torch.save(logits(engine), spec["logits"])
     for length in spec.get("sweep", ()):
-        engine.add(length, tokens=2)
-        for _ in engine.steps():
-            pass
+        engine.serve([length], tokens=2)
+    for batch in spec.get("batches", ()):
+        engine.serve(batch * [16], tokens=4)
     measured = [{"measure": "load_s", "value": seconds}, *sizes(engine)]
     for prompt in spec.get("prefill", ()):
         measured.append(prefill(engine, prompt))
@@ -206,9 +213,7 @@ def called(engine: Engine, length: int) -> dict[str, Any]:
     with patched(FusedMoEKernel, "apply", apply):
         for _ in range(1 + PREFILLS):
             times.append([])
-            engine.add(length, tokens=1)
-            for _ in engine.steps():
-                pass
+            engine.serve([length], tokens=1)
     # Nothing is called where a graph is replayed.
     each = [statistics.mean(calls) for calls in times[1:] if calls]
     return row("experts_call_ms", each, tokens=length) if each else {}
@@ -232,9 +237,7 @@ def logits(engine: Engine) -> torch.Tensor:
 
     with patched(type(engine.model), "compute_logits", compute_logits):
         for length in CHECKED_PROMPTS:
-            engine.add(length, tokens=1)
-            for _ in engine.steps():
-                pass
+            engine.serve([length], tokens=1)
     return torch.cat(found)
 
 

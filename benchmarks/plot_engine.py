@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     table = dict(tables(rows)).get(f"{args.model}, {args.mode}", {})
     if "this" not in table or STOCK not in table:
         parser.error(f"{args.csv} has no rows of this and {STOCK}: run them first")
-    Path(args.out).write_text(image(args.model, rows[0], table))
+    Path(args.out).write_text(image(f"{args.model}, {args.mode}", rows[0], table))
     return 0
 
 
-def image(model: str, row: dict[str, str], table: dict[str, dict]) -> str:
+def image(what: str, row: dict[str, str], table: dict[str, dict]) -> str:
     where = f"{row['gpu']}, vLLM {row['vllm']}"
-    title = f"{model}, one rank in the engine on {where}: times as fast as stock"
+    title = f"{what}: times as fast as stock, one rank alone on {where}"
     panels = [
         _panel("decode, by sequences of 1k tokens", "decode_ms", CONTEXT, table),
         _panel("first token, by tokens of the prompt", "prefill_ms", "", table),

@@ -160,4 +160,4 @@ def test_a_workspace_that_is_too_small_is_named():
     with pytest.raises(
         ValueError, match=rf"{len(workspace)} bytes, but this call need"
     ):
-        plan._launches.run({}, workspace)
+        plan._prepared.run({}, workspace)

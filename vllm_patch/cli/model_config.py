@@ -22,7 +22,7 @@ DENSE_LAYERS = (
 # And if it is not 1.
 SPARSE_STEPS = "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval"
 # A name like those of MLPs' sizes, of which `_mlp_fields` knows some.
-_SIZE = re.compile(
+SIZE = re.compile(
     r".*(intermediate|expert|ffn|inner|mlp)\w*_(size|dim|mlp)|n_inner|d_ff"
 )
 
@@ -214,7 +214,7 @@ class ModelConfig:
         unknown = [
             f"{name} = {size}"
             for name, size in self.text.items()
-            if _SIZE.fullmatch(name) and size and name not in known
+            if SIZE.fullmatch(name) and size and name not in known
         ]
         if unknown or not self.mlp_sizes:
             raise UsageError(

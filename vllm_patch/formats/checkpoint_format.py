@@ -18,7 +18,7 @@ BLOCKS = [128, 128]
 # Part of the name of a method or of its scheme -> elements of a group of its weights
 # along an output's sum. Scales of whole columns or tensors are never cut, nor what vLLM
 # quantizes by itself after it has cut the weights.
-GROUPS = {"mxfp": 32, "ocp_mx": 32, "nvfp4": 16}
+GROUPS = {"mxfp": 32, "ocp_mx": 32, "nvfp4": 16, "w4a4fp4": 16}
 
 
 def cut_or_stock(extended: type, method, blocks: Sequence[int] | None, layer):

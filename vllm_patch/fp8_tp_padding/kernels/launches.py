@@ -6,7 +6,8 @@ Triton binds a kernel's arguments by name and looks a binary up by the types of 
 each launch again: some 20 us of a CPU, where a prefill of a few thousand tokens leaves
 no more for a layer's kernels. Layers of a model launch the same binaries with the same
 constants. So the first call goes through Triton, which returns the binaries; later ones
-only say where their tensors lie.
+only say where their tensors lie. They leave out what else Triton does for each launch:
+refuse tensors that are not on a GPU, and compile anew for ``knobs`` that changed.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

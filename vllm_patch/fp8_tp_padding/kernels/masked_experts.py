@@ -117,10 +117,11 @@ class MaskedTritonExperts(TritonExperts):
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         dtype = self.moe_config.in_dtype
-        needed = plan(M, topk, K, local_num_experts, self.block_shard, dtype)
+        sizes = M, topk, K, local_num_experts, self.block_shard, dtype
         # vLLM keeps the output in the first workspace: nothing else may live there.
         output = (M, K)
-        return output, (needed.workspace_bytes // dtype.itemsize,), output
+        needed = planned(*sizes, True).workspace_bytes
+        return output, (needed // dtype.itemsize,), output
 
     def apply(
         self,
@@ -161,14 +162,14 @@ class MaskedTritonExperts(TritonExperts):
             workspace2,
         )
         if num_tokens > self._warm_tokens:
-            self._warm_tokens = warm_up(lambda n: plan(n, *sizes), *call)
-        plan(num_tokens, *sizes).run(*call)
+            self._warm_tokens = warm_up(lambda n: planned(n, *sizes), *call)
+        planned(num_tokens, *sizes).run(*call)
 
 
 # Each call of a layer asks several times, and layers of a model ask the same.
 @functools.lru_cache
-def plan(*sizes) -> PairPlan | SortedPlan:
-    """Return how a call is run; ``sizes`` are the fields of its ``Problem``."""
+def planned(*sizes) -> PairPlan | SortedPlan:
+    """Return how a call is run; ``sizes`` are all fields of its ``Problem``."""
     of = Problem(*sizes)
     tiles = tiles_for(of.num_tokens, of.top_k, of.num_experts, of.hidden, of.shard)
     return plan_for(of, tiles)

@@ -135,12 +135,12 @@ class _Plan:
         }
 
     @functools.cached_property
-    def _launches(self) -> Launches:
+    def _prepared(self) -> Launches:
         return Launches(self.launches(), self.buffers())
 
     @property
     def workspace_bytes(self) -> int:
-        return self._launches.bytes
+        return self._prepared.bytes
 
     def run(
         self,
@@ -171,7 +171,7 @@ class _Plan:
             "topk_weights": routing.weights,
             "topk_ids": routing.ids,
         }
-        self._launches.run(tensors, workspace)
+        self._prepared.run(tensors, workspace)
 
     @property
     def _options(self) -> dict[str, bool]:

