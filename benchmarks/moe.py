@@ -19,6 +19,8 @@ leaves most experts without tokens.
 ``--no-compile`` calls ours with the most tokens first, as an engine starts, and then
 with 1, 2, 3 and so on, while vLLM's monitor makes an error of each compilation.
 
+``--cpu-time`` times calls on the CPU instead, which waits for nothing, in microseconds.
+
 Exits with 1 if ours is farther from an fp32 reference that rounds where it rounds than
 TOLERATED_ERROR in 128 columns or TOLERATED_TOKEN in a token's row, if a replayed graph
 of it differs from a call in a single bit, or if a layer fails that stock does not
@@ -55,6 +57,9 @@ TOLERATED_TOKEN = 2**-3
 # Fewer tokens are drawn again, so that one code does not decide.
 AVERAGED_TOKENS = 64
 NO_COMPILE_TOKENS = (16384,)
+# Their kernels are launched faster than the GPU's queue fills: 10 at a time.
+CPU_TIME_TOKENS = (16, 512, 2048)
+CPU_CALLS = 30, 10
 TIMED_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 CHECKED_TOKENS = (1, 2, 17, 64, 1000)
 ROUTINGS = 8
@@ -95,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.no_compile:
             _check_compilations(run, chosen(CASES, args))
             return run.exit_status()
+        if args.cpu_time:
+            for case in chosen(CASES, args):
+                _cpu_times(run, case)
+            return run.exit_status()
         if not args.check_only:
             run.limits = _limits(run.device)
         for case in chosen(CASES, args):
@@ -107,10 +116,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--columns", nargs="+", choices=COLUMNS, default=COLUMNS)
     add("--no-compile", action="store_true", help="nothing compiles after the start")
+    add("--cpu-time", action="store_true", help="time calls on the CPU")
     add("--budget", type=float, default=540.0, help="seconds for the whole command")
     args = parsed(parser, argv)
     default = CHECKED_TOKENS if args.check_only else TIMED_TOKENS
-    args.tokens = args.tokens or (NO_COMPILE_TOKENS if args.no_compile else default)
+    if args.no_compile:
+        default = NO_COMPILE_TOKENS
+    if args.cpu_time:
+        default = CPU_TIME_TOKENS
+    args.tokens = args.tokens or default
     return args
 
 
@@ -325,6 +339,42 @@ def _compilation(call: Callable[..., torch.Tensor], *args, **kwargs) -> str | No
     except RuntimeError as error:
         return first_line(error)
     return None
+
+
+# -- the CPU's time -----------------------------------------------------------
+
+
+def _cpu_times(run: Run, case: Case) -> None:
+    """Print how long a call takes the CPU, by column and number of tokens."""
+    print(f"\n{case.name}: microseconds of the CPU, by tokens")
+    for name, what in implementations(case).items():
+        if name not in run.columns or what is None:
+            continue
+        try:
+            layer = Layer(case, what, 0, run.device, run.checkpoint)
+        except Exception as error:  # Layers raise what they like.
+            _refuse(run, case, name, error)
+            continue
+        times = {tokens: _cpu_us(run, case, layer, tokens) for tokens in run.tokens}
+        cells = (f"{tokens}: {time:.1f}" for tokens, time in times.items())
+        print(f"  {name:8} {', '.join(cells)}", flush=True)
+        run.checked += 1
+
+
+def _cpu_us(run: Run, case: Case, layer: Layer, tokens: int) -> float:
+    """Return the median of calls that the GPU has caught up with."""
+    x, (routing,) = _inputs(run, case, tokens, count=1)
+    routed, times = layer.what.route(case, routing), []
+    turns, calls = CPU_CALLS
+    with layer.rank(), torch.inference_mode():
+        for turn in range(1 + turns):
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            for _ in range(calls):
+                started = monotonic()
+                layer(x, routed)
+                times += [monotonic() - started] * (turn > 0)
+    return 1e6 * statistics.median(times)
 
 
 # -- time ---------------------------------------------------------------------

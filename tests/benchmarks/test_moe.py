@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -247,3 +248,11 @@ def test_a_monitor_that_sees_nothing_is_a_problem(monkeypatch, plugin, capsys):
     monkeypatch.setattr(moe, "CASES", [CASE])
     assert moe.main(["--no-compile", "--check-only", "--tokens", "2"]) == 1
     assert "the monitor missed" in capsys.readouterr().out
+
+
+def test_cpu_time_of_calls(monkeypatch, plugin, capsys):
+    monkeypatch.setattr(moe, "CASES", [CASE])
+    monkeypatch.setattr(moe, "CPU_CALLS", (1, 2))
+    arguments = ["--cpu-time", "--check-only", "--tokens", "1", "2"]
+    assert moe.main([*arguments, "--columns", "ours"]) == 0
+    assert re.search(r"ours +1: [\d.]+, 2: [\d.]+\n", capsys.readouterr().out)

@@ -29,7 +29,7 @@ def test_alone_it_says_what_it_is_for(capsys):
     assert main([]) == 2
     text = " ".join(capsys.readouterr().err.split())
     assert "load block-quantized FP8 models at tensor-parallel sizes that cut a" in text
-    assert "start with: vllm-patch status" in text
+    assert "start with: vllm-patch check MODEL -tp 8" in text
 
 
 def commands() -> list[str]:
@@ -38,13 +38,16 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_each_command_shows_an_example_that_it_takes(capsys, command):
+def test_each_command_shows_examples_that_it_takes(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    (example,) = re.findall(r"example: vllm-patch (.+?)(?: >|$)", text)
-    args = make_parser().parse_args(shlex.split(example))
-    assert args.command == command
+    examples = re.split(r"examples?: ", text)[-1]
+    found = re.findall(r"vllm-patch (.+?)(?= > | vllm-patch |$)", examples)
+    assert found
+    for example in found:
+        args = make_parser().parse_args(shlex.split(example))
+        assert args.command == command
 
 
 @pytest.mark.parametrize("option", ["--tp", "-tp", "--tensor-parallel-size"])

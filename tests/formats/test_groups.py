@@ -81,6 +81,31 @@ def test_row_parallel_layers_whose_groups_are_cut(
     assert named == ([sizes] if is_cut else [])
 
 
+@pytest.mark.parametrize(("tp_size", "is_cut"), [(TP, True), (4, False)])
+def test_groups_of_a_scheme(said, tp_size, is_cut):
+    """compressed-tensors' NVFP4: its linear scheme does not say so in its name."""
+    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers.quantization.compressed_tensors import (
+        compressed_tensors,
+    )
+
+    config = FORMATS["compressed-tensors"].config()
+    (group,) = config["config_groups"].values()
+    group["weights"] = {
+        **{"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False},
+        **{"strategy": "tensor_group", "group_size": 16},
+    }
+    group["input_activations"] = None
+    config["format"] = group["format"] = "nvfp4-pack-quantized"
+    made = compressed_tensors.CompressedTensorsConfig.from_config(config)
+    with rank_of(tp_size, 1):
+        layer = linear.RowParallelLinear(576, 256)
+        made.get_quant_method(layer, "model.layers.0.mlp.down_proj")
+    named = [args[:5] for args in said]
+    sizes = ("Row-parallel layers", 576, tp_size, 576 // tp_size, 16)
+    assert named == ([sizes] if is_cut else [])
+
+
 def channels():
     """Return a compressed-tensors config with one scale for each output."""
     from vllm.model_executor.layers.quantization.compressed_tensors import (

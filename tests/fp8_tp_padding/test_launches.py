@@ -19,7 +19,8 @@ from .test_masked_moe import HIDDEN, PATHS, TOP_K, compact_layer, tokens
 
 pytestmark = runs_kernels
 
-STREAM = 7
+# The stream of a device.
+STREAMS = {-1: 7, 0: 8, 1: 9}
 
 
 class Compiled:
@@ -61,7 +62,7 @@ class Binary:
         assert len(grid) == 3, "as CompiledKernel wants it"
 
         def launch(*values, stream):
-            assert stream == STREAM
+            assert stream in STREAMS.values()
             named = dict(zip(self.compiled.arg_names, values, strict=True))
             for name, of in self.dtypes.items():
                 named[name] = tensor_at(named[name], *of)
@@ -83,7 +84,7 @@ def notes(monkeypatch):
     for name, kernel in vars(masked_moe).copy().items():
         if name.endswith("_kernel"):
             monkeypatch.setattr(masked_moe, name, Compiled(kernel, found))
-    driver = SimpleNamespace(get_current_stream=lambda device: STREAM)
+    driver = SimpleNamespace(get_current_stream=STREAMS.get)
     active = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace()))
     active.runtime.driver.active = driver
     monkeypatch.setattr(launches, "triton", active)
@@ -161,3 +162,78 @@ def test_a_workspace_that_is_too_small_is_named():
         ValueError, match=rf"{len(workspace)} bytes, but this call need"
     ):
         plan._prepared.run({}, workspace)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    index = 0
+
+    def get_device(self) -> int:
+        return self.index
+
+
+class Noted:
+    """A kernel, and its binary, that notes on which stream it is launched directly."""
+
+    arg_names = ("x_ptr",)
+
+    def __init__(self):
+        self.streams = []
+
+    def __getitem__(self, grid):
+        # Triton's launch takes parameters by name, and no stream.
+        return lambda *address, stream=None, **named: self.run(stream)
+
+    def run(self, stream):
+        self.streams += [] if stream is None else [stream]
+        return self
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_binaries_and_streams_are_of_a_device(notes, device):
+    kernel = Noted()
+    prepared = launches.Launches([launches.Launch(kernel, 1, ["x"], {})], {})
+    x = torch.zeros(4)
+    workspace = torch.empty(16, dtype=torch.uint8).as_subclass(OnDevice)
+    for index in (1 - device, device):
+        workspace.index = index
+        prepared.run({"x": x}, workspace)
+        assert kernel.streams == [], "a binary of another device is not launched"
+    prepared.run({"x": x}, workspace)
+    assert kernel.streams == [STREAMS[device]]
+
+
+def test_a_launch_within_a_launch_has_addresses_of_its_own():
+    """As when two batches take turns in two threads."""
+    ran = []
+    bound = launches.BoundLaunch(
+        lambda *values, stream: ran.append(values), [None, None], [(0, 0), (1, 1)]
+    )
+
+    class Interrupted(list):
+        def __getitem__(self, index):
+            if index == 1:
+                bound([30, 40], stream=0)
+            return super().__getitem__(index)
+
+    bound(Interrupted([10, 20]), stream=0)
+    assert ran == [(30, 40), (10, 20)]
+
+
+def test_tritons_binaries_are_launched_as_we_do():
+    """By its own ``CompiledKernel``, without a GPU to load one on."""
+    from triton.compiler import CompiledKernel
+
+    ran = []
+    binary = object.__new__(CompiledKernel)
+    binary.module, binary.function, binary.packed_metadata = object(), 11, (4, 1, 0)
+    binary.src, binary.name = None, "kernel"
+    binary._run = lambda *args: ran.append(args)
+    launch = launches.Launch(
+        SimpleNamespace(arg_names=["N", "x_ptr"]), 5, ["x"], {"N": 3}
+    )
+    launch.bound(binary, ["y", "x"])([100, 200], stream=7)
+    ((*grid_and_stream, function, _, _, _, _, n, address),) = ran
+    assert grid_and_stream == [5, 1, 1, 7]
+    assert (function, n, address) == (11, 3, 200)
