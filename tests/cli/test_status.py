@@ -202,6 +202,7 @@ def test_a_target_that_is_not_vllms(said, monkeypatch, plugin):
     assert "out of VLLM_PLUGINS" in rows["last"]
 
 
+REPOSITORY = Path(__file__).parents[2]
 OTHER_PLUGIN = """
 def register():
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
@@ -218,7 +219,9 @@ def plugins(tmp_path, monkeypatch):
 
     def install(*order: str) -> None:
         (tmp_path / "other_plugin.py").write_text(OTHER_PLUGIN)
-        paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+        # This repository last: an editable installation's egg-info may be in it.
+        others = [*filter(None, [os.environ.get("PYTHONPATH")]), str(REPOSITORY)]
+        paths = [str(tmp_path)]
         for name in order:
             dist = tmp_path / name / f"{name}-1.dist-info"
             dist.mkdir(parents=True)
@@ -227,8 +230,8 @@ def plugins(tmp_path, monkeypatch):
             (dist / "entry_points.txt").write_text(
                 f"[vllm.general_plugins]\n{name} = {module}:register\n"
             )
-            paths.insert(-1, str(tmp_path / name))
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+            paths.append(str(tmp_path / name))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*paths, *others]))
         # vLLM's names, without those that this environment has.
         monkeypatch.setenv("VLLM_PLUGINS", "vllm_patch,other")
 
@@ -248,7 +251,7 @@ def plugins(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_two_plugins_at_one_target(plugins, order, code, says):
+def test_two_plugins_at_one_target(plugins, tmp_path, order, code, says):
     """In whichever order vLLM loads them: it is named, and never replaced."""
     plugins(*order)
     script = """
@@ -259,7 +262,7 @@ from vllm_patch.cli.main import main
 sys.exit(main(["status", "--import"]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == code, done.stderr
     assert says in done.stdout

@@ -152,7 +152,9 @@ def outcome(make, *args) -> tuple[str, object]:
     try:
         return "", make(*args)
     except (ValueError, RuntimeError, IndexError, AssertionError) as error:
-        return str(error) or type(error).__name__, None
+        # Where the plugin is on, its own line follows vLLM's text.
+        text, _, _ = str(error).partition("\nvllm_patch left ")
+        return text or type(error).__name__, None
 
 
 def routed(total: int, hidden=HIDDEN, gated=True) -> Layer:
