@@ -47,6 +47,15 @@ def test_what_a_report_needs(collected, monkeypatch):
     assert not any(value.startswith("unknown") for value in rows.values())
 
 
+@pytest.mark.parametrize(
+    "variable", [("VLLM_FP8_TP_PADDING", "off"), ("VLLM_PLUGINS", "other")]
+)
+def test_it_says_what_status_says(collected, monkeypatch, variable):
+    monkeypatch.setattr(environment, "is_installed", lambda: True)
+    monkeypatch.setenv(*variable)
+    assert collected()["padding"] == "none: vllm-patch status says why"
+
+
 def test_nothing_private_is_told(collected, monkeypatch):
     for name, value in PRIVATE.items():
         monkeypatch.setenv(name, value)

@@ -1,7 +1,10 @@
 """The synthetic checkpoint looks like a published one, and shows a wrong scale."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -203,3 +206,17 @@ def test_what_stays_in_bfloat16_is_widened_too(tmp_path):
     assert up[:2432].any() and not up[2432:].any()
     assert tensors["model.layers.0.mlp.down_proj.weight"].shape[1] == 3072
     assert "model.layers.0.mlp.up_proj.weight_scale_inv" not in tensors
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_what_there_is_no_room_for_is_refused(tmp_path, monkeypatch, what):
+    if what == "memory":
+        free = SimpleNamespace(available=10**7)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    else:
+        free = SimpleNamespace(free=10**7)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    config = ModelConfig.read(QWEN3_MOE).with_layers(1)
+    with pytest.raises(UsageError, match=f"GB of {what}, and 0.0 GB are free; give"):
+        write_checkpoint(config, tmp_path)
+    assert not [*tmp_path.glob("*.safetensors")]

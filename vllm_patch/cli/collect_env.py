@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_patch import __version__, plugin, releases
-from vllm_patch.cli import environment
+from vllm_patch.cli import environment, status
 from vllm_patch.wrappers import MODES
 
 PACKAGES = (
@@ -72,11 +72,11 @@ def _versions() -> Iterator[str]:
 
 
 def _padding() -> str:
+    if not status.is_active():
+        return "none: vllm-patch status says why"
     if plugin.built_in():
         return "built into vLLM, the plugin stands down"
-    if environment.is_installed():
-        return plugin.unsupported(releases.installed()) or "by the plugin"
-    return "none: the plugin is not installed"
+    return "by the plugin"
 
 
 def _gpus() -> str:

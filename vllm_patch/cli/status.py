@@ -41,13 +41,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print versions, the patch table and what to do; return 0 if vLLM will pad."""
     version, built_in = releases.installed(), plugin.built_in()
-    is_known = version is not None and releases.is_supported(version)
-    rows = [patch for patch in PATCHES if not is_known or patch.is_of(version)]
-    problem, remedy = _refusal(version, built_in)
-    remarks = {}
-    if not problem and not built_in:
-        remarks = _by_import(rows) if args.imports else _by_source(rows)
-        problem, remedy = _unfit(rows, remarks)
+    rows = _rows(version)
+    problem, remedy, remarks = _verdict(version, built_in, args.imports)
     by = "vLLM itself, so the plugin stands down" if built_in else "the plugin"
     supported = f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"
     for name, value in (
@@ -66,6 +61,29 @@ def run(args: argparse.Namespace) -> int:
         _print(patch, patch in rows, is_replaced, remarks.get(patch.name))
     print(f"\nTo do: {remedy if problem else NOTHING}")
     return 1 if problem else 0
+
+
+def is_active() -> bool:
+    """Whether vLLM would pad layers if it started here and now."""
+    problem, _, _ = _verdict(releases.installed(), plugin.built_in(), imports=False)
+    return not problem
+
+
+def _rows(version: str | None) -> list[Patch]:
+    is_known = version is not None and releases.is_supported(version)
+    return [patch for patch in PATCHES if not is_known or patch.is_of(version)]
+
+
+def _verdict(
+    version: str | None, built_in: str | None, imports: bool
+) -> tuple[str, str, dict[str, str]]:
+    """Return why not, if not, and what to do; and what is wrong with rows by name."""
+    problem, remedy = _refusal(version, built_in)
+    if problem or built_in:
+        return problem, remedy, {}
+    rows = _rows(version)
+    remarks = _by_import(rows) if imports else _by_source(rows)
+    return *_unfit(rows, remarks), remarks
 
 
 def _gpus() -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ blocks differ 10x in scale, and every layer's output is as large as its input.
 import json
 import math
 import re
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def write_checkpoint(
     wide = wide or config
     shapes, linear = _tensor_shapes(config, directory)
     wide_shapes, _ = _tensor_shapes(wide, directory)
+    _check_room(config, wide_shapes, directory)
     written, quantization = config.block_format, config.quantization
     skipped = quantization.get(written.unquantized) or []
     tensors: dict[str, torch.Tensor] = {}
@@ -71,6 +73,28 @@ def write_checkpoint(
     quantization = {**quantization, written.unquantized: unquantized}
     _write_config({**wide.fields, "quantization_config": quantization}, directory)
     _write_tokenizer(config.vocab_size, directory)
+
+
+def _check_room(config: ModelConfig, shapes: dict, directory: Path) -> None:
+    """Refuse a checkpoint that memory or disk cannot hold.
+
+    All tensors are in memory at once, in bytes or in bfloat16, and the largest is drawn
+    in float32.
+    """
+    import psutil  # vLLM brings it.
+
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    needed = {
+        "memory": (sum(sizes) + 8 * max(sizes), psutil.virtual_memory().available),
+        "disk": (sum(sizes), shutil.disk_usage(directory).free),
+    }
+    for what, (least, free) in needed.items():
+        if least > free:
+            raise UsageError(
+                f"{config.path}: a random checkpoint of it takes at least "
+                f"{least / 1e9:.1f} GB of {what}, and {free / 1e9:.1f} GB are free; "
+                "give --layers 2, or --model with a checkpoint."
+            )
 
 
 def _write_config(fields: dict, directory: Path) -> None:
