@@ -229,6 +229,16 @@ def test_what_nobody_knows_is_said(tmp_path, capsys):
     assert "cannot be told, for what is not known" in out
 
 
+def test_a_model_that_pads_its_own_layers(tmp_path, capsys):
+    """Its type may be that of the whole only."""
+    fields = {"model_type": "deepseek_v41", "text_config": config("DeepSeek-V3")}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "32"]) == 2
+    out = capsys.readouterr().out
+    assert "not known: vLLM's model of deepseek_v41 pads its own layers" in out
+    assert "cut:" not in out and "largest rank" not in out
+
+
 def test_a_model_whose_only_cut_is_at_its_end(tmp_path, capsys):
     """Stock loads it, and there is no expert to have a backend for."""
     fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}

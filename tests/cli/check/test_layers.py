@@ -103,10 +103,10 @@ GATE, DOWN = (1536, 256), (256, 1536)
         ),
         # Of these, each rank has all.
         (
-            {"indexer__wq_b": (8192, 256), "compressor__wkv": (512, 256)},
+            {"indexer__wq_b": (8192, 256), "indexer__wk": (128, 256)},
             {},
             [
-                ("compressor.wkv", "replicated", (512,), 256),
+                ("indexer.wk", "replicated", (128,), 256),
                 ("indexer.wq_b", "replicated", (8192,), 256),
             ],
         ),
@@ -134,6 +134,14 @@ def test_layers(shapes, fields, expected):
 def test_shapes_that_nobody_knows(shapes, fields):
     model = layers(tensors(**shapes), BLOCKS, fields)
     assert model.unknown and not model.found
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "deepseek_v41_text", "dots3_note"])
+def test_models_that_pad_their_own_layers(kind):
+    """Their shared experts of 1536 columns are not cut, whatever the sizes say."""
+    found = tensors(mlp__gate_proj=GATE, mlp__up_proj=GATE, mlp__down_proj=DOWN)
+    model = layers(found, BLOCKS, {"model_type": kind})
+    assert "pads its own layers" in str(model.unknown) and not model.found
 
 
 def test_layers_for_prediction_are_left_out():

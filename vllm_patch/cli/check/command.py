@@ -168,7 +168,9 @@ def _text(found: Checkpoint) -> dict:
     text = found.fields.get("text_config") or found.fields
     if not isinstance(text, dict):
         raise UsageError(f"{found.name}: text_config in config.json is no object.")
-    return text
+    # Whose code builds its layers may be said of the whole only.
+    kind = found.fields.get("model_type")
+    return {**text, "model_type": kind} if kind in layers.PAD_THEMSELVES else text
 
 
 def _installed() -> str:

@@ -11,22 +11,31 @@ from vllm_patch.cli.check.checkpoint import Tensor
 from vllm_patch.cli.check.quantization import Quantization
 from vllm_patch.fp8_tp_padding.slices.shard import BlockShard, block_shard
 
-# What follows a module's name in that of its scales; the last one is DeepSeek-V4's.
-SCALES = "weight_scale_inv", "weight_scale", "scale"
+# What follows a module's name in that of its scales.
+SCALES = "weight_scale_inv", "weight_scale"
+# Types of models of which vLLM's own code rounds layers up to whole blocks, or experts
+# to a least size, each by a rule of its own.
+PAD_THEMSELVES = (
+    "deepseek_v4",
+    "deepseek_v41",
+    "dots3_note",
+    "bailing_hybrid",
+    "kimi_k3",
+)
 # vLLM's layer -> tensors that it merges, in the order of its output.
 MERGED = {
     "qkv_proj": [("q_proj", "k_proj", "v_proj")],
     "gate_up_proj": [("gate_proj", "up_proj"), ("w1", "w3")],
     "in_proj_qkvz": [("in_proj_qkv", "in_proj_z")],
-    "fused_qkv_a_proj": [("q_a_proj", "kv_a_proj_with_mqa"), ("wq_a", "wkv")],
+    "fused_qkv_a_proj": [("q_a_proj", "kv_a_proj_with_mqa")],
 }
-ROW = "o_proj", "down_proj", "w2", "out_proj", "wo_b"
-COLUMN = "q_b_proj", "kv_b_proj", "wq_b", "wo_a", "in_proj_qkvz", "g_proj"
+ROW = "o_proj", "down_proj", "w2", "out_proj"
+COLUMN = "q_b_proj", "kv_b_proj", "in_proj_qkvz", "g_proj"
 REPLICATED = "q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "e_proj", "h_proj"
 # Rows or columns that no layer has; more are not waited for.
 MOST = 1 << 22
 # Modules of which each rank has all.
-WHOLE = "indexer", "compressor"
+WHOLE = ("indexer",)
 # Roles of an expert's tensors, by name.
 EXPERT = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
 EXPERT |= {"down_proj": "down", "w2": "down", "gate_up_proj": "both"}
@@ -159,6 +168,10 @@ def layers(
 
     """
     result = Layers()
+    kind = str(fields.get("model_type")).removesuffix("_text")
+    if kind in PAD_THEMSELVES:
+        result.unknown[f"vLLM's model of {kind} pads its own layers"] += 1
+        return result
     parents, is_all = defaultdict(dict), True
     for name, matrix in _matrices(tensors, quantization, result).items():
         if _is_left_out(name, fields):

@@ -129,7 +129,7 @@ def _bytes(verdict: Verdict) -> list[str]:
         "stock allocates": verdict.largest("stock"),
         "this package": verdict.largest("ours"),
     }
-    known = [f"{how} {gb(size)}" for how, size in sizes.items() if size is not None]
+    known = [f"{how} {gb(size)}" for how, size in sizes.items() if size]
     lines = []
     if known:
         lines.append(f"FP8 weights and scales, largest rank: {', '.join(known)}")
