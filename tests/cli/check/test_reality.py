@@ -10,7 +10,7 @@ from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, dequantize
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
 from vllm_patch.cli.check.layers import Layer, Layers
-from vllm_patch.cli.check.stock import BACKENDS, Setting
+from vllm_patch.cli.check.stock import BACKENDS, LINEAR_ONLY, Setting
 from vllm_patch.cli.check.verdict import Verdict
 
 NAMES = "fp8", *FORMATS
@@ -237,6 +237,21 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
         if kind == "padded" and "up to" in row.ours.why:
             assert row.ours.why == method.store.because
         assert bytes_of(made) == row.bytes(rank, "ours")
+
+
+@pytest.mark.parametrize("format_name", LINEAR_ONLY, indirect=True)
+@pytest.mark.parametrize("total", [1024, 1536])
+def test_experts_of_formats_without(format_name, total, plugin):
+    """By vLLM: it refuses them, or has no place for their scales, cut or not."""
+    found = verdict(routed(total), 8, format_name)
+    assert not found.rows[0].runs
+    kwargs = {"hidden": HIDDEN, "quant_config": quant_config(format_name)}
+    error, made = outcome(lambda: experts.build(total, 8, 0, **kwargs))
+    if made is not None:
+        names = dict(made.named_parameters())
+        scales = next(p for n, p in names.items() if "w13" in n and "weight_scale" in n)
+        assert scales.numel() < 2 * 2 * total // 8 // BLOCK * (HIDDEN // BLOCK)
+    assert not any(each.startswith(("TP ", "--")) for each in found.ways_out())
 
 
 class Stop(Exception):

@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_patch.cli.check.layers import Layer
-from vllm_patch.cli.check.stock import AUTO, TRITON, UNGATED, Setting, since
+from vllm_patch.cli.check.stock import (
+    AUTO,
+    LINEAR_ONLY,
+    TRITON,
+    UNGATED,
+    Setting,
+    since,
+)
 from vllm_patch.wrappers import MODES, OFF, VARIABLE
 
-# What it takes of formats that it does not take whole.
-LINEAR_ONLY = "modelopt", "inc"
 # Blocks that masked kernels hold of one rank, and their size.
 MOST_BLOCKS, BLOCK = 4, 128
 SILU = None, "silu", "swiglu"

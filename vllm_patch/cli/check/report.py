@@ -100,10 +100,11 @@ def _row(row: Row) -> list[str]:
     what = f"{layer.experts} experts of " if layer.kind == "experts" else ""
     shape = " + ".join(map(str, layer.outputs))
     cut = ", ".join(f"{d.total} / {d.parts} = {d.size}" for d in row.cut)
+    shown = f"{row.count} x {layer.name}, {what}{shape} x {layer.inputs}"
     why = f" ({row.ours.why})" if row.ours.why else ""
     kernels = KERNELS.get(row.ours.kind if row.is_taken else row.stock.kind, "none")
     return [
-        f"cut: {row.count} x {layer.name}, {what}{shape} x {layer.inputs}: {cut}",
+        f"cut: {shown}: {cut}" if cut else shown,
         *(f"    {line}" for line in _straddles(row)),
         f"    stock:        {row.stock.text or 'loads it'}",
         f"    this package: {row.ours.kind}{why}",

@@ -51,6 +51,8 @@ FORMATS = {
 }
 
 
+# Formats of which vLLM has linear layers in blocks, and no experts.
+LINEAR_ONLY = "modelopt", "inc"
 # Formats by the name of their row in the patch table, where that is another.
 ROWS = {"fp8": "layers"}
 
@@ -128,6 +130,9 @@ def answer(layer: Layer, setting: Setting) -> Answer:
 def _experts(layer: Layer, setting: Setting) -> Answer:
     (dimension,), (block_n, block_k) = layer.dimensions(setting.tp), setting.block
     size, tp = dimension.size, setting.tp
+    if setting.format in LINEAR_ONLY:
+        none = f"vLLM has no experts of {setting.format} in FP8 blocks"
+        return Answer("error", none)
     if size % block_n == 0 and (tp == 1 or size % block_k == 0):
         return FINE
     refined = math.gcd(block_n, block_k, size, layer.inputs)

@@ -142,16 +142,15 @@ class Verdict:
                 here, there = self.largest("real"), other.largest("real")
                 more = f", {there / here:.2f} times this" if here else ""
                 return f"TP {tp} keeps blocks whole: {gb(there)} a rank{more}"
-        return "no smaller TP keeps blocks whole"
+        return "no smaller TP runs in stock vLLM with whole blocks"
 
     def _experts(self) -> str:
         experts = [row for row in self.rows if row.layer.kind == "experts" and row.cut]
         if not experts:
             return "expert parallelism does not help: no experts are cut"
-        if any(
-            n % b for r in experts for n in r.layer.outputs for b in r.setting.block
-        ):
-            return "expert parallelism does not help: whole experts end in a block"
+        alone = (answer(row.layer, replace(self.setting, tp=1)) for row in experts)
+        if why := next((each.text for each in alone if not each.runs), None):
+            return f"expert parallelism does not help: {why}"
         said = "whole experts; each step waits for the rank with the busiest ones"
         others = [row for row in self.rows if row not in experts and not row.stock.runs]
         if others:
