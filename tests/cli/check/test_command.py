@@ -67,6 +67,10 @@ def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
         ([QWEN, "-tp", "0"], "--tp 0: give a number from 1 to 1024"),
         ([QWEN, "-tp", "99999999999"], "give a number from 1 to 1024"),
         (["no.json", "-tp", "8"], "is no folder, no file and no hub id"),
+        (
+            [QWEN, "-tp", "8", "--platform", "cpu", "--moe-backend", "triton"],
+            "triton has kernels for GPUs only. Give auto on cpu",
+        ),
         ([QWEN, "-tp", "8", "--plot", "x.gif"], "ends in .svg or .png"),
         ([QWEN, "-tp", "4", "--plot", "x.svg"], "no quant block is cut"),
         ([QWEN, "-tp", "8", "--plot", "/no/x.svg"], "Give another place"),

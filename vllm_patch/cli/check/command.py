@@ -12,7 +12,14 @@ from vllm_patch.cli.check import checkpoint, derived, layers, plot, quantization
 from vllm_patch.cli.check.checkpoint import Checkpoint
 from vllm_patch.cli.check.layers import Layers
 from vllm_patch.cli.check.quantization import Quantization
-from vllm_patch.cli.check.stock import BACKENDS, FORMATS, PLATFORMS, Setting
+from vllm_patch.cli.check.stock import (
+    AUTO,
+    BACKENDS,
+    CPU,
+    FORMATS,
+    PLATFORMS,
+    Setting,
+)
 from vllm_patch.cli.check.verdict import AS_IT_IS, CANNOT_RUN, Verdict, chosen
 
 MOST_TP, ALL = 1024, range(1, 65)
@@ -92,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
     for tp in asked:
         if not 0 < tp <= MOST_TP:
             raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+    if args.platform == CPU and args.moe_backend != AUTO:
+        raise UsageError(
+            f"--moe-backend {args.moe_backend} has kernels for GPUs only. Give "
+            f"{AUTO} on {CPU}."
+        )
     found = checkpoint.read(args.model)
     how = quantization.read(found.fields, found.name)
     if how.block is None or how.format not in FORMATS:

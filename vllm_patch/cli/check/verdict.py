@@ -10,6 +10,8 @@ from vllm_patch.cli.check.layers import Dimension, Layer, Layers
 from vllm_patch.cli.check.ours import Ours, ours
 from vllm_patch.cli.check.stock import (
     AUTO,
+    DEEP_GEMM,
+    HOPPER,
     Answer,
     Setting,
     answer,
@@ -79,7 +81,7 @@ class Verdict:
     def rows(self) -> list[Row]:
         rows = []
         for layer, count in self.model.found.items():
-            found = answer(layer, self.setting)
+            found = answer(layer, self.setting, self.text)
             taken = Ours("left", "vLLM cannot share it out")
             if not layer.undivided(self.setting.tp):
                 taken = ours(layer, self.setting, self.text)
@@ -148,7 +150,8 @@ class Verdict:
         experts = [row for row in self.rows if row.layer.kind == "experts" and row.cut]
         if not experts:
             return "expert parallelism does not help: no experts are cut"
-        alone = (answer(row.layer, replace(self.setting, tp=1)) for row in experts)
+        one = replace(self.setting, tp=1)
+        alone = (answer(row.layer, one, self.text) for row in experts)
         if why := next((each.text for each in alone if not each.runs), None):
             return f"expert parallelism does not help: {why}"
         said = "whole experts; each step waits for the rank with the busiest ones"
@@ -168,11 +171,12 @@ class Verdict:
             ranks = range(self.setting.tp)
             most = max(sum(r.bytes(rank, "ours") for r in padded) for rank in ranks)
             found.append(f"{VARIABLE}=padded: any of vLLM's kernels, {gb(most)} a rank")
-        other = self.at(backend="deep_gemm")
+        other = self.at(backend=DEEP_GEMM)
         idle = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
-        if self.setting.backend == AUTO and other.code == AS_IT_IS and idle:
+        is_auto = (self.setting.platform, self.setting.backend) == (HOPPER, AUTO)
+        if is_auto and other.code == AS_IT_IS and idle:
             said = f"{' or '.join(sorted(idle))}, {gb(other.largest('stock'))} a rank"
-            found.append(f"--moe-backend deep_gemm: {said}")
+            found.append(f"--moe-backend {DEEP_GEMM}: {said}")
         return found
 
 
