@@ -182,6 +182,16 @@ def test_experts_that_vllm_does_not_have(tmp_path, capsys):
     assert "or: no smaller TP runs in stock vLLM" in out
 
 
+@pytest.mark.parametrize("heads", ["linear_num_key_heads", "linear_num_value_heads"])
+def test_heads_of_linear_attention(tmp_path, capsys, heads):
+    """Qwen3.5's are fewer than those of its attention: 16 // 32 would be none."""
+    fields = {**config("Qwen3-Next-80B-A3B"), "num_hidden_layers": 4}
+    fields |= {"num_attention_heads": 32, "linear_num_key_heads": 32, heads: 16}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "32"]) == 2
+    assert f"{heads} (16) must be divisible by tensor" in capsys.readouterr().out
+
+
 def test_the_documented_schema(capsys):
     """Each name is in the module's documentation, which is the schema."""
     main(["check", QWEN, "-tp", "8", "-tp", "3", "--json"])

@@ -261,6 +261,14 @@ def test_experts_of_formats_without(format_name, total, plugin):
     assert not any(each.startswith(("TP ", "--")) for each in found.ways_out())
 
 
+@pytest.mark.parametrize(("heads", "tp"), [(64, 64), (96, 64), (96, 32), (8, 16)])
+def test_heads_of_a_layer(heads, tp):
+    """Step-3.5's layers with a sliding window have 96, others 64."""
+    layer = Layer("qkv", "qkv", (heads * 128, 1024, 1024), HIDDEN, kv_heads=8)
+    error, _ = outcome(real_linear, layer, tp, 0, "fp8")
+    assert bool(layer.undivided(tp)) == bool(error) == (heads % tp != 0)
+
+
 class Stop(Exception):
     """Instead of the choice of kernels, which are not on this machine."""
 

@@ -95,6 +95,11 @@ class Layer:
     is_fused: bool = False
     scale_bytes: int = 4
 
+    @property
+    def heads(self) -> int:
+        """Heads of q of a ``qkv`` layer, twice if they hold a gate of the output."""
+        return self.outputs[0] // (self.outputs[1] // self.kv_heads)
+
     def dimensions(self, tp: int) -> tuple[Dimension, ...]:
         """Return those that ranks share: of each output, or of a row's input."""
         if self.kind == "row":
@@ -113,6 +118,9 @@ class Layer:
         """Return what cannot be shared out evenly among ``tp`` ranks, or None."""
         if self.kind == "qkv" and max(self.kv_heads, tp) % min(self.kv_heads, tp):
             return f"{self.kv_heads} KV heads"
+        # Some layers have more or fewer than config.json says of the model.
+        if self.kind == "qkv" and self.heads % tp:
+            return f"{self.heads} attention heads"
         for dimension in self.dimensions(tp):
             if dimension.total % dimension.parts:
                 return f"{dimension.total} columns"

@@ -19,6 +19,12 @@ from vllm_patch.cli.check.stock import (
 from vllm_patch.wrappers import VARIABLE
 
 AS_IT_IS, NEEDS_US, CANNOT_RUN = 0, 1, 2
+# Fields that count heads, in vLLM's words where it has some.
+HEADS = {
+    "num_attention_heads": "Total number of attention heads",
+    "linear_num_key_heads": "linear_num_key_heads",
+    "linear_num_value_heads": "linear_num_value_heads",
+}
 # GPUs of one machine, among which --all chooses, and the padding that it puts up with.
 ONE_MACHINE, MOST_PADDING = 8, 0.05
 
@@ -91,12 +97,14 @@ class Verdict:
     @property
     def undivided(self) -> str | None:
         """Why vLLM starts no model at this size, whatever its layers are."""
-        heads, tp = self.text.get("num_attention_heads"), self.setting.tp
-        if type(heads) is int and heads % tp:
-            return (
-                f"Total number of attention heads ({heads}) must be divisible by "
-                f"tensor parallel size ({tp})."
-            )
+        tp = self.setting.tp
+        for name, what in HEADS.items():
+            heads = self.text.get(name)
+            if type(heads) is int and heads % tp:
+                return (
+                    f"{what} ({heads}) must be divisible by tensor parallel size "
+                    f"({tp})."
+                )
         vocabulary = self.text.get("vocab_size")
         # vLLM rounds it up.
         if type(vocabulary) is int and -(-vocabulary // 64) * 64 % tp:
