@@ -192,6 +192,23 @@ def test_heads_of_linear_attention(tmp_path, capsys, heads):
     assert f"{heads} (16) must be divisible by tensor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (1152, "or: --enable-expert-parallel: whole experts"),
+        (1000, "or: expert parallelism does not help: The output_size of gate's"),
+    ],
+)
+def test_experts_that_ranks_cannot_share(tmp_path, capsys, size, says):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 80, "num_key_value_heads": 80}
+    fields["moe_intermediate_size"] = size
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "80"]) == 2
+    out = capsys.readouterr().out
+    assert f"{size} columns are not divisible by TP 80" in out and says in out
+
+
 def test_the_documented_schema(capsys):
     """Each name is in the module's documentation, which is the schema."""
     main(["check", QWEN, "-tp", "8", "-tp", "3", "--json"])

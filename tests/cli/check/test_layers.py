@@ -136,6 +136,22 @@ def test_shapes_that_nobody_knows(shapes, fields):
     assert model.unknown and not model.found
 
 
+def test_other_towers():
+    """A vision tower has layers and heads of its own; its q, k and v are not known."""
+    found = tensors(o_proj=GATE, q_proj=DOWN, k_proj=DOWN, v_proj=DOWN)
+    tower = "vision_tower.encoder.layers.30"
+    found = {name.replace("model.layers.0", tower): t for name, t in found.items()}
+    model = layers(found, BLOCKS, {"num_hidden_layers": 2, "head_dim": 128})
+    assert not model.notes
+    assert [layer.kind for layer in model.found] == ["row"]
+    assert [*model.unknown] == [f"{tower.replace('30', '*')}.qkv_proj"]
+
+
+def test_a_layer_at_the_top():
+    found = {name[15:]: tensor for name, tensor in tensors(lm_head=GATE).items()}
+    assert [*layers(found, BLOCKS, {}).unknown] == ["lm_head"]
+
+
 @pytest.mark.parametrize("kind", ["deepseek_v4", "deepseek_v41_text", "dots3_note"])
 def test_models_that_pad_their_own_layers(kind):
     """Their shared experts of 1536 columns are not cut, whatever the sizes say."""

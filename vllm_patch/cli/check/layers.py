@@ -40,7 +40,9 @@ WHOLE = ("indexer",)
 EXPERT = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
 EXPERT |= {"down_proj": "down", "w2": "down", "gate_up_proj": "both"}
 _EXPERT = re.compile(r"(.*experts)\.(\d{1,7})")
-_LAYER = re.compile(r"\blayers\.(\d{1,7})\.")
+# Of the language model's decoder; other towers have numbers and heads of their own.
+_DECODER = "model|language_model|text_model|thinker|llm|transformer|decoder|backbone"
+_LAYER = re.compile(rf"(?:(?:{_DECODER})\.)*layers\.(\d{{1,7}})\.")
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def layers(
 
 
 def _is_left_out(name: str, fields: dict[str, Any]) -> bool:
-    found, count = _LAYER.search(name), fields.get("num_hidden_layers")
+    found, count = _LAYER.match(name), fields.get("num_hidden_layers")
     is_beyond = found and type(count) is int and int(found[1]) >= count
     return bool(is_beyond) or name.startswith("mtp.") or ".mtp." in name
 
@@ -327,10 +329,10 @@ def _add_linear(
             if is_whole or not all(member in left for member in members):
                 continue
             merged = [left.pop(member) for member in members]
-            full = f"{parent}.{name}"
+            full = f"{parent}.{name}".lstrip(".")
             _add(result, _merged(full, merged, fields), full)
     for leaf, matrix in left.items():
-        name = f"{parent}.{leaf}"
+        name = f"{parent}.{leaf}".lstrip(".")
         kind = "replicated" if is_whole else _kind(leaf, leaves, fields)
         if len(matrix.shape) != 2 or not all(matrix.shape):
             _add(result, None, name)
@@ -392,7 +394,7 @@ def _qkv(
     fields: dict[str, Any],
     scale_bytes: int,
 ) -> Layer | None:
-    head = _head_size(fields)
+    head = _head_size(fields) if _LAYER.match(name) else 0
     if not head or outputs[0] % head or outputs[1] % head:
         return None
     kv_heads = outputs[1] // head

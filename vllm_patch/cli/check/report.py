@@ -72,8 +72,9 @@ def _size(verdict: Verdict) -> list[str]:
     setting = verdict.setting
     where = f"vLLM {setting.release}, {setting.platform}"
     lines = [f"TP {setting.tp} ({where}): {_says(verdict)}"]
+    ways = [f"  or: {way}" for way in verdict.ways_out()]
     if verdict.undivided:
-        return [*lines, f"  {verdict.undivided}"]
+        return [*lines, f"  {verdict.undivided}", *ways]
     whole = [r for r in verdict.rows if r.ours.kind == "stock" and r.stock.runs]
     if whole:
         names = ", ".join(f"{row.count} x {row.layer.name}" for row in whole)
@@ -81,7 +82,7 @@ def _size(verdict: Verdict) -> list[str]:
     for row in (row for row in verdict.rows if row not in whole):
         lines += [f"  {line}" for line in _row(row)]
     lines += [f"  {line}" for line in _bytes(verdict)]
-    return [*lines, *(f"  or: {way}" for way in verdict.ways_out())]
+    return [*lines, *ways]
 
 
 def _says(verdict: Verdict) -> str:

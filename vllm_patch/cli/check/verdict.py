@@ -96,7 +96,22 @@ class Verdict:
 
     @property
     def undivided(self) -> str | None:
-        """Why vLLM starts no model at this size, whatever its layers are."""
+        """Why vLLM starts no model at this size, whatever its blocks are."""
+        return self._undivided_fields or next(iter(self._undivided.values()), None)
+
+    @cached_property
+    def _undivided(self) -> dict[Layer, str]:
+        """Why ranks cannot share layers of the model evenly."""
+        tp = self.setting.tp
+        errors = {layer: layer.undivided(tp) for layer in self.model.found}
+        return {
+            layer: f"{each} are not divisible by TP {tp}."
+            for layer, each in errors.items()
+            if each
+        }
+
+    @property
+    def _undivided_fields(self) -> str | None:
         tp = self.setting.tp
         for name, what in HEADS.items():
             heads = self.text.get(name)
@@ -111,9 +126,7 @@ class Verdict:
             return (
                 f"vocab_size {vocabulary}, rounded up to 64, is not divisible by {tp}."
             )
-        errors = (row.layer.undivided(tp) for row in self.rows)
-        found = next(filter(None, errors), None)
-        return found and f"{found} are not divisible by TP {tp}."
+        return None
 
     @property
     def code(self) -> int:
@@ -141,7 +154,11 @@ class Verdict:
 
     def ways_out(self) -> list[str]:
         """Return what else there is than this package as it is, with its price."""
-        if not self.is_cut or self.undivided:
+        if self.undivided:
+            kinds = {layer.kind for layer in self._undivided}
+            is_way = kinds == {"experts"} and not self._undivided_fields
+            return [self._smaller(), self._experts()] if is_way else []
+        if not self.is_cut:
             return []
         return [self._smaller(), self._experts(), *self._others()]
 
@@ -155,7 +172,11 @@ class Verdict:
         return "no smaller TP runs in stock vLLM with whole blocks"
 
     def _experts(self) -> str:
-        experts = [row for row in self.rows if row.layer.kind == "experts" and row.cut]
+        experts = [
+            row
+            for row in self.rows
+            if row.layer.kind == "experts" and (row.cut or row.layer in self._undivided)
+        ]
         if not experts:
             return "expert parallelism does not help: no experts are cut"
         one = replace(self.setting, tp=1)
