@@ -82,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw how ranks cut the blocks of one layer: .svg, or .png with cairosvg",
+        help="draw how ranks cut the blocks of one layer, as an .svg",
     )
     parser.set_defaults(run=run)
 
