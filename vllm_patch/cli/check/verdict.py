@@ -57,13 +57,19 @@ class Row:
         return [each for each in dimensions if each.is_cut(block)]
 
     def bytes(self, rank: int, how: str) -> int:
-        """Return bytes of all these on a rank: ``real``, ``stock`` or ``ours``."""
+        """Return bytes of all these on a rank.
+
+        Args:
+            rank: One of those that share the layer.
+            how: ``real``, ``stock``, ``ours``, or ``padded`` where ours may be compact.
+
+        """
         setting = self.setting
         place = self.layer, setting.tp, setting.block, rank
         if how == "real":
             return self.count * sizes.sliced(*place, is_padded=False)
-        if how == "ours" and self.is_taken:
-            is_padded = self.ours.kind == "padded"
+        if how != "stock" and self.is_taken:
+            is_padded = "padded" in (how, self.ours.kind)
             return self.count * sizes.sliced(*place, is_padded)
         return self.count * sizes.in_stock(*place, self.stock)
 
@@ -192,14 +198,10 @@ class Verdict:
 
     def _others(self) -> list[str]:
         found = []
-        if any(row.ours.kind == "compact" for row in self.rows):
-            padded = [
-                replace(row, ours=Ours("padded")) if row.ours.kind == "compact" else row
-                for row in self.rows
-            ]
-            ranks = range(self.setting.tp)
-            most = max(sum(r.bytes(rank, "ours") for r in padded) for rank in ranks)
-            found.append(f"{VARIABLE}=padded: any of vLLM's kernels, {gb(most)} a rank")
+        most = self.largest("padded")
+        if most and any(row.ours.kind == "compact" for row in self.rows):
+            said = f"any of vLLM's kernels, {gb(most)} a rank"
+            found.append(f"{VARIABLE}=padded: {said}")
         other = self.at(backend=DEEP_GEMM)
         idle = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
         is_auto = (self.setting.platform, self.setting.backend) == (HOPPER, AUTO)
