@@ -95,15 +95,15 @@ def run(args: argparse.Namespace) -> int:
             could be cut.
 
     """
-    asked = args.tp or ALL
-    for tp in asked:
-        if not 0 < tp <= MOST_TP:
-            raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
     if args.platform == CPU and args.moe_backend != AUTO:
         raise UsageError(
             f"--moe-backend {args.moe_backend} has kernels for GPUs only. Give "
             f"{AUTO} on {CPU}."
         )
+    asked = args.tp or ALL
+    for tp in asked:
+        if not 0 < tp <= MOST_TP:
+            raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
     found = checkpoint.read(args.model)
     how = quantization.read(found.fields, found.name)
     if how.block is None or how.format not in FORMATS:
