@@ -52,7 +52,8 @@ NOT_NEEDED = "vllm", "torch", "transformers", "psutil", "huggingface_hub", "safe
         ("qwen3_moe_1536", ["-tp", "8"], 0, "block on ranks: 1: 0+1, 4: 2+3, 7: 4+5"),
         ("qwen3_moe_1536", ["-tp", "8"], 0, "or: TP 4 keeps blocks whole"),
         ("qwen3_moe_1536", ["-tp", "8"], 0, "or: --enable-expert-parallel: whole"),
-        ("qwen3_moe_1536", ["-tp", "8"], 0, "or: VLLM_FP8_TP_PADDING=padded: any"),
+        # 256 instead of 192 columns of each expert, and the same attention.
+        ("qwen3_moe_1536", ["-tp", "8"], 0, "any of vLLM's kernels, 26.2 MB a rank"),
     ],
 )
 def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
@@ -67,7 +68,11 @@ def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
         ([QWEN, "-tp", "0"], "--tp 0: give a number from 1 to 1024"),
         ([QWEN, "-tp", "99999999999"], "give a number from 1 to 1024"),
         (["no.json", "-tp", "8"], "is no folder, no file and no hub id"),
-        ([QWEN, "-tp", "8", "--plot", "x.gif"], "ends in .svg or .png"),
+        (
+            [QWEN, "-tp", "8", "--platform", "cpu", "--moe-backend", "triton"],
+            "triton has kernels for GPUs only. Give auto on cpu",
+        ),
+        ([QWEN, "-tp", "8", "--plot", "x.png"], "ends in .svg."),
         ([QWEN, "-tp", "4", "--plot", "x.svg"], "no quant block is cut"),
         ([QWEN, "-tp", "8", "--plot", "/no/x.svg"], "Give another place"),
     ],
@@ -161,6 +166,50 @@ def test_formats(tmp_path, capsys, name, release, stock, ours, why):
     assert layer["ours"]["kind"] == ours and why in layer["ours"]["why"]
 
 
+def test_experts_that_vllm_does_not_have(tmp_path, capsys):
+    """Whole blocks do not help, so nothing is advised."""
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 2}
+    fields["quantization_config"] = FORMATS["inc"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "2"]) == 2
+    out = capsys.readouterr().out
+    assert (
+        "\n  2 x model.layers.*.mlp.experts, 128 experts of 768 + 768 x 2048\n" in out
+    )
+    assert "stock:        vLLM has no experts of inc" in out and "or:" not in out
+    assert main(["check", str(tmp_path), "-tp", "4"]) == 2
+    out = capsys.readouterr().out
+    assert "or: expert parallelism does not help: vLLM has no experts of inc" in out
+    assert "or: no smaller TP runs in stock vLLM" in out
+
+
+@pytest.mark.parametrize("heads", ["linear_num_key_heads", "linear_num_value_heads"])
+def test_heads_of_linear_attention(tmp_path, capsys, heads):
+    """Qwen3.5's are fewer than those of its attention: 16 // 32 would be none."""
+    fields = {**config("Qwen3-Next-80B-A3B"), "num_hidden_layers": 4}
+    fields |= {"num_attention_heads": 32, "linear_num_key_heads": 32, heads: 16}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "32"]) == 2
+    assert f"{heads} (16) must be divisible by tensor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        (1152, "or: --enable-expert-parallel: whole experts"),
+        (1000, "or: expert parallelism does not help: The output_size of gate's"),
+    ],
+)
+def test_experts_that_ranks_cannot_share(tmp_path, capsys, size, says):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 80, "num_key_value_heads": 80}
+    fields["moe_intermediate_size"] = size
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "80"]) == 2
+    out = capsys.readouterr().out
+    assert f"{size} columns are not divisible by TP 80" in out and says in out
+
+
 def test_the_documented_schema(capsys):
     """Each name is in the module's documentation, which is the schema."""
     main(["check", QWEN, "-tp", "8", "-tp", "3", "--json"])
@@ -227,6 +276,16 @@ def test_what_nobody_knows_is_said(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not known: latent_expert_size = 640" in out
     assert "cannot be told, for what is not known" in out
+
+
+def test_a_model_that_pads_its_own_layers(tmp_path, capsys):
+    """Its type may be that of the whole only."""
+    fields = {"model_type": "deepseek_v41", "text_config": config("DeepSeek-V3")}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "32"]) == 2
+    out = capsys.readouterr().out
+    assert "not known: vLLM's model of deepseek_v41 pads its own layers" in out
+    assert "cut:" not in out and "largest rank" not in out
 
 
 def test_a_model_whose_only_cut_is_at_its_end(tmp_path, capsys):

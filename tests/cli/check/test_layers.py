@@ -103,10 +103,10 @@ GATE, DOWN = (1536, 256), (256, 1536)
         ),
         # Of these, each rank has all.
         (
-            {"indexer__wq_b": (8192, 256), "compressor__wkv": (512, 256)},
+            {"indexer__wq_b": (8192, 256), "indexer__wk": (128, 256)},
             {},
             [
-                ("compressor.wkv", "replicated", (512,), 256),
+                ("indexer.wk", "replicated", (128,), 256),
                 ("indexer.wq_b", "replicated", (8192,), 256),
             ],
         ),
@@ -134,6 +134,30 @@ def test_layers(shapes, fields, expected):
 def test_shapes_that_nobody_knows(shapes, fields):
     model = layers(tensors(**shapes), BLOCKS, fields)
     assert model.unknown and not model.found
+
+
+def test_other_towers():
+    """A vision tower has layers and heads of its own; its q, k and v are not known."""
+    found = tensors(o_proj=GATE, q_proj=DOWN, k_proj=DOWN, v_proj=DOWN)
+    tower = "vision_tower.encoder.layers.30"
+    found = {name.replace("model.layers.0", tower): t for name, t in found.items()}
+    model = layers(found, BLOCKS, {"num_hidden_layers": 2, "head_dim": 128})
+    assert not model.notes
+    assert [layer.kind for layer in model.found] == ["row"]
+    assert [*model.unknown] == [f"{tower.replace('30', '*')}.qkv_proj"]
+
+
+def test_a_layer_at_the_top():
+    found = {name[15:]: tensor for name, tensor in tensors(lm_head=GATE).items()}
+    assert [*layers(found, BLOCKS, {}).unknown] == ["lm_head"]
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "deepseek_v41_text", "dots3_note"])
+def test_models_that_pad_their_own_layers(kind):
+    """Their shared experts of 1536 columns are not cut, whatever the sizes say."""
+    found = tensors(mlp__gate_proj=GATE, mlp__up_proj=GATE, mlp__down_proj=DOWN)
+    model = layers(found, BLOCKS, {"model_type": kind})
+    assert "pads its own layers" in str(model.unknown) and not model.found
 
 
 def test_layers_for_prediction_are_left_out():

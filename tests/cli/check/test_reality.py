@@ -1,6 +1,7 @@
 """That ``check`` says what vLLM does: its real classes, on every rank, both ways."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, dequantize
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
 from vllm_patch.cli.check.layers import Layer, Layers
-from vllm_patch.cli.check.stock import BACKENDS, Setting
+from vllm_patch.cli.check.stock import (
+    CPU,
+    DEEP_GEMM,
+    LINEAR_ONLY,
+    Setting,
+    unserved,
+)
 from vllm_patch.cli.check.verdict import Verdict
 
 NAMES = "fp8", *FORMATS
@@ -239,15 +246,35 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
         assert bytes_of(made) == row.bytes(rank, "ours")
 
 
+@pytest.mark.parametrize("format_name", LINEAR_ONLY, indirect=True)
+@pytest.mark.parametrize("total", [1024, 1536])
+def test_experts_of_formats_without(format_name, total, plugin):
+    """Refused by vLLM, or without a place for their scales, cut or not."""
+    found = verdict(routed(total), 8, format_name)
+    assert not found.rows[0].runs
+    kwargs = {"hidden": HIDDEN, "quant_config": quant_config(format_name)}
+    error, made = outcome(lambda: experts.build(total, 8, 0, **kwargs))
+    if made is not None:
+        names = dict(made.named_parameters())
+        scales = next(p for n, p in names.items() if "w13" in n and "weight_scale" in n)
+        assert scales.numel() < 2 * 2 * total // 8 // BLOCK * (HIDDEN // BLOCK)
+    assert not any(each.startswith(("TP ", "--")) for each in found.ways_out())
+
+
+@pytest.mark.parametrize(("heads", "tp"), [(64, 64), (96, 64), (96, 32), (8, 16)])
+def test_heads_of_a_layer(heads, tp):
+    """Step-3.5's layers with a sliding window have 96, others 64."""
+    layer = Layer("qkv", "qkv", (heads * 128, 1024, 1024), HIDDEN, kv_heads=8)
+    error, _ = outcome(real_linear, layer, tp, 0, "fp8")
+    assert bool(layer.undivided(tp)) == bool(error) == (heads % tp != 0)
+
+
 class Stop(Exception):
     """Instead of the choice of kernels, which are not on this machine."""
 
 
 @pytest.mark.parametrize("total", [1536, 640, 1408, 704, 1000])
-@pytest.mark.parametrize(
-    "backend", [b for b in BACKENDS if b not in ("auto", "triton")]
-)
-def test_backends_that_are_asked_for(monkeypatch, backend, total):
+def test_deep_gemm(monkeypatch, total, backend=DEEP_GEMM):
     """How vLLM shares experts out for them, before it looks for their kernels."""
     from vllm.model_executor.layers.quantization import fp8
 
@@ -277,6 +304,46 @@ def test_backends_that_are_asked_for(monkeypatch, backend, total):
         assert blocks != [BLOCK, BLOCK]  # Which none of them takes.
     else:
         assert blocks == [BLOCK, BLOCK] and "not divisible" in row.stock.text
+
+
+def test_what_deep_gemm_takes():
+    """As its class in vLLM says."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.oracle import fp8
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    kernels = fp8.backend_to_kernel_cls(fp8.Fp8MoeBackend.DEEPGEMM)
+    (kernels,) = kernels if isinstance(kernels, list) else [kernels]
+    setting = verdict(routed(1024), 8, "fp8", DEEP_GEMM).setting
+    assert unserved(routed(1024), setting, {}) is None
+    is_served = unserved(routed(1024, gated=False), setting, {}) is None
+    assert kernels._supports_no_act_and_mul() == is_served is False
+    gelu = {"hidden_activation": "gelu_pytorch_tanh"}
+    is_served = unserved(routed(1024), setting, gelu) is None
+    assert kernels._supports_activation(MoEActivation.GELU_TANH) == is_served is False
+    group = quant_utils.GroupShape(64, 64)
+    weight = quant_utils.create_fp8_quant_key(static=True, group_shape=group)
+    is_served = unserved(routed(1024), replace(setting, block=(64, 64)), {}) is None
+    taken = kernels._supports_quant_scheme(weight, quant_utils.kFp8Dynamic128Sym)
+    assert taken == is_served is False
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 64), (128, 64)])
+def test_what_cpus_take(block):
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    found = verdict(Layer("row", "row", (HIDDEN,), 1024), 1, "fp8")
+    setting = replace(found.setting, platform=CPU, block=block)
+    group = quant_utils.GroupShape(*block)
+    weight = quant_utils.create_fp8_quant_key(static=True, group_shape=group)
+    asked = SimpleNamespace(
+        weight_quant_key=weight,
+        activation_quant_key=quant_utils.kFp8Dynamic128Sym,
+        out_dtype=torch.bfloat16,
+    )
+    taken, _ = cpu.CPUFp8BlockScaledMMKernel.can_implement(asked)
+    assert taken == (unserved(*found.model.found, setting, {}) is None)
 
 
 def linear_cases():

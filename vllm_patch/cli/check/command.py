@@ -12,7 +12,14 @@ from vllm_patch.cli.check import checkpoint, derived, layers, plot, quantization
 from vllm_patch.cli.check.checkpoint import Checkpoint
 from vllm_patch.cli.check.layers import Layers
 from vllm_patch.cli.check.quantization import Quantization
-from vllm_patch.cli.check.stock import BACKENDS, FORMATS, PLATFORMS, Setting
+from vllm_patch.cli.check.stock import (
+    AUTO,
+    BACKENDS,
+    CPU,
+    FORMATS,
+    PLATFORMS,
+    Setting,
+)
 from vllm_patch.cli.check.verdict import AS_IT_IS, CANNOT_RUN, Verdict, chosen
 
 MOST_TP, ALL = 1024, range(1, 65)
@@ -75,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw how ranks cut the blocks of one layer: .svg, or .png with cairosvg",
+        help="draw how ranks cut the blocks of one layer, as an .svg",
     )
     parser.set_defaults(run=run)
 
@@ -88,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
             could be cut.
 
     """
+    if args.platform == CPU and args.moe_backend != AUTO:
+        raise UsageError(
+            f"--moe-backend {args.moe_backend} has kernels for GPUs only. Give "
+            f"{AUTO} on {CPU}."
+        )
     asked = args.tp or ALL
     for tp in asked:
         if not 0 < tp <= MOST_TP:
@@ -168,7 +180,9 @@ def _text(found: Checkpoint) -> dict:
     text = found.fields.get("text_config") or found.fields
     if not isinstance(text, dict):
         raise UsageError(f"{found.name}: text_config in config.json is no object.")
-    return text
+    # Whose code builds its layers may be said of the whole only.
+    kind = found.fields.get("model_type")
+    return {**text, "model_type": kind} if kind in layers.PAD_THEMSELVES else text
 
 
 def _installed() -> str:

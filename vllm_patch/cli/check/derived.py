@@ -53,10 +53,8 @@ class Derived:
             return
         rows, columns = self.quantization.block
         blocks = *shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns)
-        # DeepSeek-V4's scales are powers of two, in one byte.
-        dtype = "F8_E8M0" if self.text.get("model_type") == "deepseek_v4" else "F32"
         self.tensors[f"{name}.weight"] = Tensor("F8_E4M3", shape, FILE)
-        self.tensors[f"{name}.weight_scale_inv"] = Tensor(dtype, blocks, FILE)
+        self.tensors[f"{name}.weight_scale_inv"] = Tensor("F32", blocks, FILE)
 
     def size(self, *names: str, most: int = MOST) -> int:
         """Return the first of some fields that is set, or 0.
@@ -129,11 +127,9 @@ def _experts(model: Derived, name: str, experts: int) -> None:
     hidden = model.needed("hidden_size")
     # Mixtral and MiniMax use the dense model's name.
     size = model.needed("moe_intermediate_size", "intermediate_size")
-    # As one tensor for each role; DeepSeek-V4's are in FP4 unless it says so.
-    is_fp4 = model.text.get("model_type") == "deepseek_v4"
-    if not is_fp4 or model.text.get("expert_dtype") == "fp8":
-        model.linear(f"{name}.experts.gate_up_proj", experts, 2 * size, hidden)
-        model.linear(f"{name}.experts.down_proj", experts, hidden, size)
+    # As one tensor for each role.
+    model.linear(f"{name}.experts.gate_up_proj", experts, 2 * size, hidden)
+    model.linear(f"{name}.experts.down_proj", experts, hidden, size)
     count = model.size(*SHARED)
     if shared := model.size("shared_expert_intermediate_size", "share_expert_dim"):
         _mlp(model, f"{name}.shared_expert", shared)
@@ -175,8 +171,6 @@ def _attention(model: Derived, layer: int, name: str) -> None:
     text = model.text
     if _is_linear_attention(model, layer):
         _linear_attention(model, f"{name}.linear_attn")
-    elif text.get("model_type") == "deepseek_v4":
-        _v4_attention(model, f"{name}.attn")
     elif text.get("kv_lora_rank"):
         _latent_attention(model, f"{name}.self_attn")
     else:
@@ -221,17 +215,6 @@ def _latent_attention(model: Derived, name: str) -> None:
     model.linear(f"{name}.kv_a_proj_with_mqa", kv_rank + rope, hidden)
     model.linear(f"{name}.kv_b_proj", heads * (nope + value), kv_rank)
     model.linear(f"{name}.o_proj", hidden, heads * value)
-
-
-def _v4_attention(model: Derived, name: str) -> None:
-    hidden, heads = model.needed("hidden_size"), model.needed("num_attention_heads")
-    head, q_rank = model.needed("head_dim"), model.needed("q_lora_rank")
-    groups, o_rank = model.needed("o_groups"), model.needed("o_lora_rank")
-    model.linear(f"{name}.wq_a", q_rank, hidden)
-    model.linear(f"{name}.wkv", head, hidden)
-    model.linear(f"{name}.wq_b", heads * head, q_rank)
-    model.linear(f"{name}.wo_a", groups * o_rank, heads * head // groups)
-    model.linear(f"{name}.wo_b", hidden, groups * o_rank)
 
 
 def _is_linear_attention(model: Derived, layer: int) -> bool:

@@ -11,27 +11,38 @@ from vllm_patch.cli.check.checkpoint import Tensor
 from vllm_patch.cli.check.quantization import Quantization
 from vllm_patch.fp8_tp_padding.slices.shard import BlockShard, block_shard
 
-# What follows a module's name in that of its scales; the last one is DeepSeek-V4's.
-SCALES = "weight_scale_inv", "weight_scale", "scale"
+# What follows a module's name in that of its scales.
+SCALES = "weight_scale_inv", "weight_scale"
+# Types of models of which vLLM's own code rounds layers up to whole blocks, or experts
+# to a least size, each by a rule of its own.
+PAD_THEMSELVES = (
+    "deepseek_v4",
+    "deepseek_v41",
+    "dots3_note",
+    "bailing_hybrid",
+    "kimi_k3",
+)
 # vLLM's layer -> tensors that it merges, in the order of its output.
 MERGED = {
     "qkv_proj": [("q_proj", "k_proj", "v_proj")],
     "gate_up_proj": [("gate_proj", "up_proj"), ("w1", "w3")],
     "in_proj_qkvz": [("in_proj_qkv", "in_proj_z")],
-    "fused_qkv_a_proj": [("q_a_proj", "kv_a_proj_with_mqa"), ("wq_a", "wkv")],
+    "fused_qkv_a_proj": [("q_a_proj", "kv_a_proj_with_mqa")],
 }
-ROW = "o_proj", "down_proj", "w2", "out_proj", "wo_b"
-COLUMN = "q_b_proj", "kv_b_proj", "wq_b", "wo_a", "in_proj_qkvz", "g_proj"
+ROW = "o_proj", "down_proj", "w2", "out_proj"
+COLUMN = "q_b_proj", "kv_b_proj", "in_proj_qkvz", "g_proj"
 REPLICATED = "q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "e_proj", "h_proj"
 # Rows or columns that no layer has; more are not waited for.
 MOST = 1 << 22
 # Modules of which each rank has all.
-WHOLE = "indexer", "compressor"
+WHOLE = ("indexer",)
 # Roles of an expert's tensors, by name.
 EXPERT = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"}
 EXPERT |= {"down_proj": "down", "w2": "down", "gate_up_proj": "both"}
 _EXPERT = re.compile(r"(.*experts)\.(\d{1,7})")
-_LAYER = re.compile(r"\blayers\.(\d{1,7})\.")
+# Of the language model's decoder; other towers have numbers and heads of their own.
+_DECODER = "model|language_model|text_model|thinker|llm|transformer|decoder|backbone"
+_LAYER = re.compile(rf"(?:(?:{_DECODER})\.)*layers\.(\d{{1,7}})\.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,11 @@ class Layer:
     is_fused: bool = False
     scale_bytes: int = 4
 
+    @property
+    def heads(self) -> int:
+        """Heads of q of a ``qkv`` layer, twice if they hold a gate of the output."""
+        return self.outputs[0] // (self.outputs[1] // self.kv_heads)
+
     def dimensions(self, tp: int) -> tuple[Dimension, ...]:
         """Return those that ranks share: of each output, or of a row's input."""
         if self.kind == "row":
@@ -104,6 +120,9 @@ class Layer:
         """Return what cannot be shared out evenly among ``tp`` ranks, or None."""
         if self.kind == "qkv" and max(self.kv_heads, tp) % min(self.kv_heads, tp):
             return f"{self.kv_heads} KV heads"
+        # Some layers have more or fewer than config.json says of the model.
+        if self.kind == "qkv" and self.heads % tp:
+            return f"{self.heads} attention heads"
         for dimension in self.dimensions(tp):
             if dimension.total % dimension.parts:
                 return f"{dimension.total} columns"
@@ -159,6 +178,10 @@ def layers(
 
     """
     result = Layers()
+    kind = str(fields.get("model_type")).removesuffix("_text")
+    if kind in PAD_THEMSELVES:
+        result.unknown[f"vLLM's model of {kind} pads its own layers"] += 1
+        return result
     parents, is_all = defaultdict(dict), True
     for name, matrix in _matrices(tensors, quantization, result).items():
         if _is_left_out(name, fields):
@@ -182,7 +205,7 @@ def layers(
 
 
 def _is_left_out(name: str, fields: dict[str, Any]) -> bool:
-    found, count = _LAYER.search(name), fields.get("num_hidden_layers")
+    found, count = _LAYER.match(name), fields.get("num_hidden_layers")
     is_beyond = found and type(count) is int and int(found[1]) >= count
     return bool(is_beyond) or name.startswith("mtp.") or ".mtp." in name
 
@@ -306,10 +329,10 @@ def _add_linear(
             if is_whole or not all(member in left for member in members):
                 continue
             merged = [left.pop(member) for member in members]
-            full = f"{parent}.{name}"
+            full = f"{parent}.{name}".lstrip(".")
             _add(result, _merged(full, merged, fields), full)
     for leaf, matrix in left.items():
-        name = f"{parent}.{leaf}"
+        name = f"{parent}.{leaf}".lstrip(".")
         kind = "replicated" if is_whole else _kind(leaf, leaves, fields)
         if len(matrix.shape) != 2 or not all(matrix.shape):
             _add(result, None, name)
@@ -371,7 +394,7 @@ def _qkv(
     fields: dict[str, Any],
     scale_bytes: int,
 ) -> Layer | None:
-    head = _head_size(fields)
+    head = _head_size(fields) if _LAYER.match(name) else 0
     if not head or outputs[0] % head or outputs[1] % head:
         return None
     kv_heads = outputs[1] // head

@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vllm_patch.cli.check.layers import Layer
-from vllm_patch.cli.check.stock import AUTO, TRITON, UNGATED, Setting, since
+from vllm_patch.cli.check.stock import (
+    AUTO,
+    BLOCK,
+    CPU,
+    LINEAR_ONLY,
+    TRITON,
+    UNGATED,
+    Setting,
+    computes_silu,
+    since,
+    unserved,
+)
 from vllm_patch.wrappers import MODES, OFF, VARIABLE
 
-# What it takes of formats that it does not take whole.
-LINEAR_ONLY = "modelopt", "inc"
-# Blocks that masked kernels hold of one rank, and their size.
-MOST_BLOCKS, BLOCK = 4, 128
-SILU = None, "silu", "swiglu"
+# Blocks that masked kernels hold of one rank.
+MOST_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def ours(layer: Layer, setting: Setting, text: dict[str, Any]) -> Ours:
     """
     if not any(layer.is_cut(setting.tp, block) for block in setting.block):
         return Ours("stock")
-    if obstacle := _obstacle(layer, setting):
+    if obstacle := _obstacle(layer, setting, text):
         return Ours("left", obstacle)
     if layer.kind != "experts":
         return Ours("padded")
@@ -50,7 +58,7 @@ def ours(layer: Layer, setting: Setting, text: dict[str, Any]) -> Ours:
     return Ours("padded", reason) if reason else Ours("compact")
 
 
-def _obstacle(layer: Layer, setting: Setting) -> str | None:
+def _obstacle(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None:
     name, block = setting.format, setting.block[0]
     is_experts = layer.kind == "experts"
     if os.environ.get(VARIABLE) == OFF:
@@ -67,6 +75,8 @@ def _obstacle(layer: Layer, setting: Setting) -> str | None:
         return f"hidden size {layer.inputs} is not a multiple of {block} either"
     if is_experts and len(layer.outputs) == 1 and not setting.since(UNGATED):
         return "this release has no block-FP8 experts without a gate projection"
+    if why := unserved(layer, setting, text):
+        return why
     if layer.is_fused and layer.outputs[0] % block:
         return f"shards that are fused on disk meet inside a quant block of {block}"
     return None
@@ -74,18 +84,17 @@ def _obstacle(layer: Layer, setting: Setting) -> str | None:
 
 def _why_padded(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None:
     """Return why experts are not stored compact, or None."""
-    activation = text.get("hidden_act") or text.get("hidden_activation")
     (dimension,), block = layer.dimensions(setting.tp), setting.block[0]
     blocks = max(dimension.shard(block, r).num_blocks for r in range(setting.tp))
     if os.environ.get(VARIABLE, MODES[0]) != MODES[0]:
         return f"{VARIABLE}={os.environ[VARIABLE]}"
-    if setting.platform == "cpu":
+    if setting.platform == CPU:
         return "kernels for CPUs take whole blocks"
     if setting.backend not in (AUTO, TRITON):
         return f"kernels of {setting.backend} take whole blocks"
     if block != BLOCK:
         return f"masked kernels take blocks of {BLOCK}, not {block}"
-    if activation not in SILU or len(layer.outputs) == 1:
+    if not computes_silu(layer, text):
         return "masked kernels compute SiLU and gate only"
     limits = text.get("swiglu_limits") or [text.get("swiglu_limit")]
     if not isinstance(limits, list) or any(limits):

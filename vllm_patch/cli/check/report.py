@@ -72,8 +72,9 @@ def _size(verdict: Verdict) -> list[str]:
     setting = verdict.setting
     where = f"vLLM {setting.release}, {setting.platform}"
     lines = [f"TP {setting.tp} ({where}): {_says(verdict)}"]
+    ways = [f"  or: {way}" for way in verdict.ways_out()]
     if verdict.undivided:
-        return [*lines, f"  {verdict.undivided}"]
+        return [*lines, f"  {verdict.undivided}", *ways]
     whole = [r for r in verdict.rows if r.ours.kind == "stock" and r.stock.runs]
     if whole:
         names = ", ".join(f"{row.count} x {row.layer.name}" for row in whole)
@@ -81,7 +82,7 @@ def _size(verdict: Verdict) -> list[str]:
     for row in (row for row in verdict.rows if row not in whole):
         lines += [f"  {line}" for line in _row(row)]
     lines += [f"  {line}" for line in _bytes(verdict)]
-    return [*lines, *(f"  or: {way}" for way in verdict.ways_out())]
+    return [*lines, *ways]
 
 
 def _says(verdict: Verdict) -> str:
@@ -100,10 +101,11 @@ def _row(row: Row) -> list[str]:
     what = f"{layer.experts} experts of " if layer.kind == "experts" else ""
     shape = " + ".join(map(str, layer.outputs))
     cut = ", ".join(f"{d.total} / {d.parts} = {d.size}" for d in row.cut)
+    shown = f"{row.count} x {layer.name}, {what}{shape} x {layer.inputs}"
     why = f" ({row.ours.why})" if row.ours.why else ""
     kernels = KERNELS.get(row.ours.kind if row.is_taken else row.stock.kind, "none")
     return [
-        f"cut: {row.count} x {layer.name}, {what}{shape} x {layer.inputs}: {cut}",
+        f"cut: {shown}: {cut}" if cut else shown,
         *(f"    {line}" for line in _straddles(row)),
         f"    stock:        {row.stock.text or 'loads it'}",
         f"    this package: {row.ours.kind}{why}",
@@ -129,7 +131,7 @@ def _bytes(verdict: Verdict) -> list[str]:
         "stock allocates": verdict.largest("stock"),
         "this package": verdict.largest("ours"),
     }
-    known = [f"{how} {gb(size)}" for how, size in sizes.items() if size is not None]
+    known = [f"{how} {gb(size)}" for how, size in sizes.items() if size]
     lines = []
     if known:
         lines.append(f"FP8 weights and scales, largest rank: {', '.join(known)}")

@@ -8,7 +8,7 @@ refines or pads what, and in which words. Errors are vLLM's own texts.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.version import Version
 
@@ -21,9 +21,11 @@ REFINES, SHARES_BLOCKS = "0.29.0", "0.31.0"
 # And experts of one projection instead of gate and up.
 UNGATED = "0.28.0"
 SMALLEST_REFINED = 32
-TRITON, AUTO = "triton", "auto"
-BACKENDS = AUTO, TRITON, "deep_gemm", "flashinfer_trtllm", "flashinfer_cutlass"
-PLATFORMS = "hopper", "cpu"
+AUTO, TRITON, DEEP_GEMM = BACKENDS = "auto", "triton", "deep_gemm"
+HOPPER, CPU = PLATFORMS = "hopper", "cpu"
+# Rows and columns of the blocks that all kernels but Triton's take, and what
+# config.json calls SiLU.
+BLOCK, SILU = 128, (None, "silu", "swiglu")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ FORMATS = {
 }
 
 
+# Formats of which vLLM has linear layers in blocks, and no experts.
+LINEAR_ONLY = "modelopt", "inc"
 # Formats by the name of their row in the patch table, where that is another.
 ROWS = {"fp8": "layers"}
 
@@ -111,13 +115,42 @@ class Answer:
 FINE = Answer("fine")
 
 
-def answer(layer: Layer, setting: Setting) -> Answer:
-    """Return what stock vLLM does with a layer."""
+def computes_silu(layer: Layer, text: dict[str, Any]) -> bool:
+    """Return whether experts compute SiLU and gate, by the model's config.json."""
+    activation = text.get("hidden_act") or text.get("hidden_activation")
+    return activation in SILU and len(layer.outputs) == 2
+
+
+def unserved(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None:
+    """Return why the kernels that are asked for take no such layer, or None."""
+    is_whole = setting.block == (BLOCK, BLOCK)
+    if setting.platform == CPU and not is_whole:
+        return f"kernels for CPUs are known to take blocks of {BLOCK}x{BLOCK} only"
+    if layer.kind != "experts" or setting.backend != DEEP_GEMM:
+        return None
+    if not is_whole:
+        return f"DeepGEMM takes blocks of {BLOCK}x{BLOCK} only"
+    if not computes_silu(layer, text):
+        return "DeepGEMM is known to compute experts with SiLU and gate only"
+    return None
+
+
+def answer(layer: Layer, setting: Setting, text: dict[str, Any]) -> Answer:
+    """Return what stock vLLM does with a layer.
+
+    Args:
+        layer: One of the model.
+        setting: Where it runs.
+        text: The language model's fields of config.json.
+
+    """
     if undivided := layer.undivided(setting.tp):
         return Answer("error", f"{undivided} are not divisible by TP {setting.tp}")
     if not setting.since(first := since(setting.format)):
         known = f"{setting.format} in FP8 blocks is known from vLLM {first} on"
         return Answer("unknown", known)
+    if why := unserved(layer, setting, text):
+        return Answer("error", why)
     if layer.kind == "experts":
         return _experts(layer, setting)
     if layer.kind == "row":
@@ -128,6 +161,9 @@ def answer(layer: Layer, setting: Setting) -> Answer:
 def _experts(layer: Layer, setting: Setting) -> Answer:
     (dimension,), (block_n, block_k) = layer.dimensions(setting.tp), setting.block
     size, tp = dimension.size, setting.tp
+    if setting.format in LINEAR_ONLY:
+        none = f"vLLM has no experts of {setting.format} in FP8 blocks"
+        return Answer("error", none)
     if size % block_n == 0 and (tp == 1 or size % block_k == 0):
         return FINE
     refined = math.gcd(block_n, block_k, size, layer.inputs)
@@ -140,7 +176,7 @@ def _experts(layer: Layer, setting: Setting) -> Answer:
         return _shared(layer, setting)
     if not can_refine:
         return _asserted(size, setting.block)
-    if setting.platform == "cpu":
+    if setting.platform == CPU:
         return Answer("error", "Unsupported FP8 MoE backend: NONE")
     if setting.backend not in (AUTO, TRITON):
         return Answer("error", "does not support the deployment configuration")

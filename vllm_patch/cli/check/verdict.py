@@ -10,6 +10,8 @@ from vllm_patch.cli.check.layers import Dimension, Layer, Layers
 from vllm_patch.cli.check.ours import Ours, ours
 from vllm_patch.cli.check.stock import (
     AUTO,
+    DEEP_GEMM,
+    HOPPER,
     Answer,
     Setting,
     answer,
@@ -17,6 +19,12 @@ from vllm_patch.cli.check.stock import (
 from vllm_patch.wrappers import VARIABLE
 
 AS_IT_IS, NEEDS_US, CANNOT_RUN = 0, 1, 2
+# Fields that count heads, in vLLM's words where it has some.
+HEADS = {
+    "num_attention_heads": "Total number of attention heads",
+    "linear_num_key_heads": "linear_num_key_heads",
+    "linear_num_value_heads": "linear_num_value_heads",
+}
 # GPUs of one machine, among which --all chooses, and the padding that it puts up with.
 ONE_MACHINE, MOST_PADDING = 8, 0.05
 
@@ -49,13 +57,19 @@ class Row:
         return [each for each in dimensions if each.is_cut(block)]
 
     def bytes(self, rank: int, how: str) -> int:
-        """Return bytes of all these on a rank: ``real``, ``stock`` or ``ours``."""
+        """Return bytes of all these on a rank.
+
+        Args:
+            rank: One of those that share the layer.
+            how: ``real``, ``stock``, ``ours``, or ``padded`` where ours may be compact.
+
+        """
         setting = self.setting
         place = self.layer, setting.tp, setting.block, rank
         if how == "real":
             return self.count * sizes.sliced(*place, is_padded=False)
-        if how == "ours" and self.is_taken:
-            is_padded = self.ours.kind == "padded"
+        if how != "stock" and self.is_taken:
+            is_padded = "padded" in (how, self.ours.kind)
             return self.count * sizes.sliced(*place, is_padded)
         return self.count * sizes.in_stock(*place, self.stock)
 
@@ -79,7 +93,7 @@ class Verdict:
     def rows(self) -> list[Row]:
         rows = []
         for layer, count in self.model.found.items():
-            found = answer(layer, self.setting)
+            found = answer(layer, self.setting, self.text)
             taken = Ours("left", "vLLM cannot share it out")
             if not layer.undivided(self.setting.tp):
                 taken = ours(layer, self.setting, self.text)
@@ -88,22 +102,37 @@ class Verdict:
 
     @property
     def undivided(self) -> str | None:
-        """Why vLLM starts no model at this size, whatever its layers are."""
-        heads, tp = self.text.get("num_attention_heads"), self.setting.tp
-        if type(heads) is int and heads % tp:
-            return (
-                f"Total number of attention heads ({heads}) must be divisible by "
-                f"tensor parallel size ({tp})."
-            )
+        """Why vLLM starts no model at this size, whatever its blocks are."""
+        return self._undivided_fields or next(iter(self._undivided.values()), None)
+
+    @cached_property
+    def _undivided(self) -> dict[Layer, str]:
+        """Why ranks cannot share layers of the model evenly."""
+        tp = self.setting.tp
+        errors = {layer: layer.undivided(tp) for layer in self.model.found}
+        return {
+            layer: f"{each} are not divisible by TP {tp}."
+            for layer, each in errors.items()
+            if each
+        }
+
+    @property
+    def _undivided_fields(self) -> str | None:
+        tp = self.setting.tp
+        for name, what in HEADS.items():
+            heads = self.text.get(name)
+            if type(heads) is int and heads % tp:
+                return (
+                    f"{what} ({heads}) must be divisible by tensor parallel size "
+                    f"({tp})."
+                )
         vocabulary = self.text.get("vocab_size")
         # vLLM rounds it up.
         if type(vocabulary) is int and -(-vocabulary // 64) * 64 % tp:
             return (
                 f"vocab_size {vocabulary}, rounded up to 64, is not divisible by {tp}."
             )
-        errors = (row.layer.undivided(tp) for row in self.rows)
-        found = next(filter(None, errors), None)
-        return found and f"{found} are not divisible by TP {tp}."
+        return None
 
     @property
     def code(self) -> int:
@@ -131,7 +160,11 @@ class Verdict:
 
     def ways_out(self) -> list[str]:
         """Return what else there is than this package as it is, with its price."""
-        if not self.is_cut or self.undivided:
+        if self.undivided:
+            kinds = {layer.kind for layer in self._undivided}
+            is_way = kinds == {"experts"} and not self._undivided_fields
+            return [self._smaller(), self._experts()] if is_way else []
+        if not self.is_cut:
             return []
         return [self._smaller(), self._experts(), *self._others()]
 
@@ -142,16 +175,20 @@ class Verdict:
                 here, there = self.largest("real"), other.largest("real")
                 more = f", {there / here:.2f} times this" if here else ""
                 return f"TP {tp} keeps blocks whole: {gb(there)} a rank{more}"
-        return "no smaller TP keeps blocks whole"
+        return "no smaller TP runs in stock vLLM with whole blocks"
 
     def _experts(self) -> str:
-        experts = [row for row in self.rows if row.layer.kind == "experts" and row.cut]
+        experts = [
+            row
+            for row in self.rows
+            if row.layer.kind == "experts" and (row.cut or row.layer in self._undivided)
+        ]
         if not experts:
             return "expert parallelism does not help: no experts are cut"
-        if any(
-            n % b for r in experts for n in r.layer.outputs for b in r.setting.block
-        ):
-            return "expert parallelism does not help: whole experts end in a block"
+        one = replace(self.setting, tp=1)
+        alone = (answer(row.layer, one, self.text) for row in experts)
+        if why := next((each.text for each in alone if not each.runs), None):
+            return f"expert parallelism does not help: {why}"
         said = "whole experts; each step waits for the rank with the busiest ones"
         others = [row for row in self.rows if row not in experts and not row.stock.runs]
         if others:
@@ -161,19 +198,16 @@ class Verdict:
 
     def _others(self) -> list[str]:
         found = []
-        if any(row.ours.kind == "compact" for row in self.rows):
-            padded = [
-                replace(row, ours=Ours("padded")) if row.ours.kind == "compact" else row
-                for row in self.rows
-            ]
-            ranks = range(self.setting.tp)
-            most = max(sum(r.bytes(rank, "ours") for r in padded) for rank in ranks)
-            found.append(f"{VARIABLE}=padded: any of vLLM's kernels, {gb(most)} a rank")
-        other = self.at(backend="deep_gemm")
+        most = self.largest("padded")
+        if most and any(row.ours.kind == "compact" for row in self.rows):
+            said = f"any of vLLM's kernels, {gb(most)} a rank"
+            found.append(f"{VARIABLE}=padded: {said}")
+        other = self.at(backend=DEEP_GEMM)
         idle = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
-        if self.setting.backend == AUTO and other.code == AS_IT_IS and idle:
+        is_auto = (self.setting.platform, self.setting.backend) == (HOPPER, AUTO)
+        if is_auto and other.code == AS_IT_IS and idle:
             said = f"{' or '.join(sorted(idle))}, {gb(other.largest('stock'))} a rank"
-            found.append(f"--moe-backend deep_gemm: {said}")
+            found.append(f"--moe-backend {DEEP_GEMM}: {said}")
         return found
 
 
