@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_patch.cli import UsageError
 from vllm_patch.cli.check.checkpoint import Tensor
-from vllm_patch.cli.check.quantization import Quantization
+from vllm_patch.cli.check.quantization import Quantization, parts
 from vllm_patch.cli.model_config import EXPERTS, SIZE
 
 # Most that a field may say, so that nobody waits for nonsense.
@@ -37,7 +37,8 @@ class Derived:
         text: The language model's fields.
         quantization: What is in blocks.
         tensors: Name -> tensor, of the decoder's linear layers.
-        unknown: Fields that look like sizes and are of layers nobody here knows.
+        unknown: Fields that look like sizes and are of layers nobody here knows, and
+            what config.json does not tell of which layers are in blocks.
 
     """
 
@@ -115,7 +116,20 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
         for key, value in text.items()
         if value and (key in OTHERS or (SIZE.fullmatch(key) and key not in KNOWN))
     ]
+    model.unknown += [*quantization.untold, *_unplaced(model)]
     return model
+
+
+def _unplaced(model: Derived) -> Iterator[str]:
+    """Say what is listed and no module here, or that nothing is in blocks."""
+    quantization = model.quantization
+    modules = [name.removesuffix(".weight") for name in model.tensors]
+    if quantization.listed:
+        placed = {part for module in modules for part in parts(module)}
+        if left := sorted(quantization.listed.names - placed):
+            yield f"quantized_layers: {left[0][:80]}"
+    if quantization.block and not any(map(quantization.takes, modules)):
+        yield "layers in FP8 blocks: config.json names none of those that it implies"
 
 
 def _mlp(model: Derived, name: str, size: int) -> None:
