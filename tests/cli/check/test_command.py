@@ -281,6 +281,22 @@ def test_what_config_json_alone_does_not_tell(tmp_path, capsys, quantization, un
             )
             for name in ("FP8_PB_WO", "fp8_block_scales")
         ),
+        # Experts' own entry comes first, wherever it is.
+        (
+            {
+                "quant_method": "modelopt_mixed",
+                "quantization": {
+                    "quant_algo": "MIXED_PRECISION",
+                    "quantized_layers": {
+                        "model.layers.0.mlp.experts.gate_up_proj": {
+                            "quant_algo": "NVFP4"
+                        },
+                        "model.layers.0.mlp.experts": {"quant_algo": "FP8_PB_WO"},
+                    },
+                },
+            },
+            ["experts"],
+        ),
     ],
 )
 def test_what_config_json_leaves_out(tmp_path, capsys, quantization, kinds):

@@ -20,8 +20,8 @@ MODELOPT, MIXED = ("modelopt", "modelopt_mixed"), "modelopt-mixed"
 EXPERTS_IN_BLOCKS = ("FP8_BLOCK_SCALES",)
 # Fields of Quark and INC with schemes of single layers.
 OVERRIDES = "layer_quant_config", "layer_type_quant_config", "extra_config"
-# Names of single experts, or patterns of them.
-_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
+# Names of parts of experts; of single ones, or patterns of those.
+_CHILD = re.compile(r"(.*\bexperts)\..+")
 _SINGLE = re.compile(r"\bexperts\\?\.[\d\\\[(]")
 LEAST_BLOCK, MOST_BLOCK = 8, 1 << 20
 
@@ -182,9 +182,10 @@ def _mixed(
     """Return what a list of layers says, each with an algorithm of its own."""
     listed: dict[str, dict] = {}
     for name, layer in layers.items():
-        # As in vLLM, the first of single experts speaks for all.
-        expert = _EXPERT.match(name)
-        listed.setdefault(expert[1] if expert else name, layer)
+        # As in vLLM, the first of their children speaks for experts without a word.
+        if child := _CHILD.fullmatch(name):
+            listed.setdefault(child[1], layer)
+    listed |= {n: layer for n, layer in layers.items() if not _CHILD.fullmatch(n)}
     names = []
     for name, layer in listed.items():
         algorithm = str(layer.get("quant_algo")).upper()
