@@ -208,6 +208,17 @@ EXPERT = "model.layers.0.mlp.experts.3.down_proj"
             {**QUANTIZATION, "ignored_layers": [r"re:.*experts\.[0-3]\..*"]},
             r"experts, of which re:.*experts\.[0-3]\..* is left out",
         ),
+        *(
+            (
+                {**QUANTIZATION, "modules_to_not_convert": [name]},
+                f"{module}: left out by a part of its name, or by a pattern",
+            )
+            for name, module in (
+                ("self_attn", "model.layers.0.self_attn.q_proj"),
+                ("re:.*o_proj", "model.layers.0.self_attn.o_proj"),
+                ("model.layers.0.mlp", "model.layers.0.mlp.experts.gate_up_proj"),
+            )
+        ),
         (
             {**QUANTIZATION, "modules_to_not_convert": ["model"]},
             "layers in FP8 blocks: config.json names none of those that it implies",
@@ -246,7 +257,20 @@ def test_what_config_json_alone_does_not_tell(tmp_path, capsys, quantization, un
 @pytest.mark.parametrize(
     ("quantization", "kinds"),
     [
-        ({**QUANTIZATION, "ignored_layers": ["self_attn"]}, ["experts"]),
+        (
+            {
+                **QUANTIZATION,
+                "ignored_layers": [
+                    f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkvo"
+                ],
+                "modules_to_not_convert": ["model.layers.0.mlp.experts"],
+            },
+            ["experts"],
+        ),
+        (
+            {**QUANTIZATION, "modules_to_not_convert": ["model.layers.0.mlp.experts"]},
+            ["qkv", "row"],
+        ),
         (
             {
                 "quant_method": "modelopt",
