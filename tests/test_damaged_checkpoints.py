@@ -160,14 +160,6 @@ def test_blocks_that_are_smaller_than_those_of_the_tensors():
         experts.load(layer, Checkpoint.random(640))
 
 
-@pytest.mark.parametrize("tp_size", [0, 7, 3072])
-def test_tensor_parallel_sizes_that_do_not_divide(tp_size):
-    """Whoever notices: vLLM's experts and layers, or this package."""
-    for make in (row_parallel, lambda *args: experts.build(TOTAL, *args)):
-        with pytest.raises((AssertionError, ValueError, ZeroDivisionError)):
-            make(tp_size, 0)
-
-
 @pytest.mark.parametrize("tp_size", [48, 512, 1536])
 def test_many_ranks_in_one_block(tp_size):
     """As far as one column a rank, in the last of them."""

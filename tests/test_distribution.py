@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from readme_renderer import markdown
 ROOT = Path(__file__).parent.parent
 PAGES = "https://example.org/vllm-patch/blob/v9.8.7"
 TAG = "v9.8.7"
+PACKED = "tests/fp8_tp_padding"
 # What pip would fetch. vLLM is a peer.
 REQUIRED = "packaging", "wrapt"
 
@@ -152,6 +154,19 @@ def test_other_versions(sources, tmp_path, change, version):
     assert re.fullmatch(f"vllm_patch-{version}-py3-none-any.whl", wheel.name)
 
 
+@pytest.mark.parametrize("from_git", [True, False])
+def test_an_sdist_has_the_tests_that_the_wheel_has(sources, tmp_path, from_git):
+    """And none without what it imports, be it built of a clone or of an archive."""
+    clone = copied(sources, tmp_path)
+    if not from_git:
+        shutil.rmtree(clone / ".git")
+    file = built(clone, "sdist", tmp_path / "dist")
+    with tarfile.open(file) as opened:
+        names = [Path(*Path(name).parts[1:]) for name in opened.getnames()]
+    expected = {path.relative_to(clone) for path in (clone / PACKED).glob("*.py")}
+    assert {n for n in names if n.parts[:1] == ("tests",) and n.suffix} == expected
+
+
 @pytest.mark.parametrize("pages", ["", PAGES])
 def test_the_page_on_an_index(sources, tmp_path, pages):
     """It renders, and each link and picture leads somewhere from there."""
@@ -180,7 +195,7 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("package", ["vllm_patch", "tests/fp8_tp_padding"])
+@pytest.mark.parametrize("package", ["vllm_patch", PACKED])
 def test_the_oldest_python_has_what_is_imported_of_typing(package):
     for file in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(), feature_version=(3, 10))):

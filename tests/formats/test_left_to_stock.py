@@ -9,7 +9,7 @@ import torch
 from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import PREFIX, Checkpoint
 from tests.fp8_tp_padding.test_linear_loading import HIDDEN, build, load, matrix
-from vllm_patch.formats.left_to_stock import IS_OFF, SMALLER_TP, explained
+from vllm_patch.formats.left_to_stock import IS_OFF, SMALLER_TP, explain, explained
 from vllm_patch.patch_table import PATCHES
 
 from .configs import FORMATS
@@ -232,6 +232,24 @@ def test_experts_that_vllm_loads_in_smaller_blocks_still_do(plugin, off):
     experts.load(layer, Checkpoint.random(1536))
     experts.process(layer, TP, 1)
     assert layer.quant_method.moe_block_shape == [64, 64]
+
+
+def test_functions_of_other_plugins_are_untouched():
+    """They set them on the method, and take no self."""
+
+    class Method:
+        def process_weights_after_loading(self, layer):
+            raise ValueError("192 is not divisible by 128")
+
+    def create_weights(*args, **kwargs):
+        return args, kwargs
+
+    method = Method()
+    method.create_weights = create_weights
+    explain(method, "a", "b")
+    assert method.create_weights is create_weights
+    with pytest.raises(ValueError, match=line("a", "b")):
+        method.process_weights_after_loading(None)
 
 
 @pytest.mark.parametrize(

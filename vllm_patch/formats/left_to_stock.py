@@ -48,7 +48,9 @@ def explain(method, layer: str, why: str) -> None:
 
     """
     for name in ("create_weights", "process_weights_after_loading"):
-        setattr(method, name, _explaining(getattr(method, name), layer, why))
+        # Another plugin's plain function on the instance is left as it is.
+        if isinstance(function := getattr(method, name), MethodType):
+            setattr(method, name, _explaining(function, layer, why))
 
 
 def _explaining(function: MethodType, layer: str, why: str) -> MethodType:

@@ -13,7 +13,7 @@ from vllm_patch.cli.check.checkpoint import Tensor
 from vllm_patch.cli.main import main
 
 from . import files
-from .known_models import config
+from .known_models import QUANTIZATION, config
 
 MODELS = Path(__file__).parents[2] / "models"
 QWEN = str(MODELS / "qwen3_moe_1536.json")
@@ -114,6 +114,274 @@ def test_formats_that_are_not_taken(
     assert says in out
     if as_json:
         assert json.loads(out)["sizes"] == [] and json.loads(out)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("quantization", "code", "says"),
+    [
+        # In a file of its own and lower case, as ModelOpt wrote it.
+        (
+            {
+                "producer": {"name": "modelopt"},
+                "quantization": {"quant_algo": "fp8_pb_wo", "exclude_modules": None},
+            },
+            *(2, "FP8 in blocks of 128 x 128 (modelopt), by headers"),
+        ),
+        (None, 2, "not known: model.layers.0.self_attn."),
+        (
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}},
+            *(2, "modelopt: no weights in FP8 blocks that"),
+        ),
+    ],
+)
+def test_tensors_that_only_modelopt_explains(
+    tmp_path, capsys, quantization, code, says
+):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    del fields["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    if quantization:
+        (folder / "hf_quant_config.json").write_text(json.dumps(quantization))
+    options = ["-tp", "4", "--vllm-version", "0.33.0"]
+    assert main(["check", str(folder), *options]) == code
+    assert says in "".join(capsys.readouterr())
+
+
+def test_block_scales_of_a_config_without_blocks(tmp_path, capsys):
+    """Which would be loaded as scales of whole tensors."""
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    fields["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(folder), "-tp", "4"]) == 2
+    assert "in blocks of None (by config.json's fp8)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantization", [None, {"quant_method": "fp8"}])
+@pytest.mark.parametrize(
+    ("change", "tp", "says"),
+    [
+        ({}, "7", "TP 7 cannot run: Total number of attention heads (64) must be"),
+        ({"num_key_value_heads": 6}, "8", "TP 8 cannot run: 6 KV heads are not divis"),
+        ({}, "8", None),
+        # Of a model whose layers nobody here knows.
+        ({"hidden_size": None}, "7", "TP 7 cannot run: Total number of attention h"),
+    ],
+)
+def test_sizes_that_do_not_divide_without_blocks(
+    tmp_path, capsys, quantization, change, tp, says
+):
+    fields = {**config("Qwen3-235B-A22B"), "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **change}))
+    assert main(["check", str(tmp_path), "-tp", "1", "-tp", tp]) == (2 if says else 0)
+    out = capsys.readouterr().out
+    assert (says or "no weights in FP8 blocks") in out and "TP 1 " not in out
+    assert says or "cannot run" not in out
+
+
+BLOCKS_OF_CT = {
+    "weights": {"type": "float", "num_bits": 8, "block_structure": [128, 128]}
+}
+EXPERT = "model.layers.0.mlp.experts.3.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "unknown"),
+    [
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {**BLOCKS_OF_CT, "targets": ["re:.*mlp.*"]}},
+            },
+            "layers of config_groups for other targets than Linear",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": dict.fromkeys(
+                    "ab", {**BLOCKS_OF_CT, "targets": ["Linear"]}
+                ),
+            },
+            "layers of config_groups for other targets than Linear",
+        ),
+        (
+            {**QUANTIZATION, "modules_to_not_convert": [EXPERT]},
+            f"experts, of which {EXPERT} is left out",
+        ),
+        (
+            {**QUANTIZATION, "ignored_layers": [r"re:.*experts\.[0-3]\..*"]},
+            r"experts, of which re:.*experts\.[0-3]\..* is left out",
+        ),
+        *(
+            (
+                {**QUANTIZATION, "modules_to_not_convert": [name]},
+                f"{module}: left out by a part of its name, or by a pattern",
+            )
+            for name, module in (
+                ("self_attn", "model.layers.0.self_attn.q_proj"),
+                ("re:.*o_proj", "model.layers.0.self_attn.o_proj"),
+                ("model.layers.0.mlp", "model.layers.0.mlp.experts.gate_up_proj"),
+            )
+        ),
+        (
+            {**QUANTIZATION, "modules_to_not_convert": ["model"]},
+            "layers in FP8 blocks: config.json names none of those that it implies",
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {
+                    "model.layers.0.mlp.gate_proj": {"quant_algo": "FP8_PB_WO"}
+                },
+            },
+            "quantized_layers: model.layers.0.mlp.gate_proj",
+        ),
+        (
+            {
+                **json.loads((MODELS / "qwen3_moe_1536_quark.json").read_text())[
+                    "quantization_config"
+                ],
+                "layer_quant_config": {"*o_proj": {}},
+            },
+            "layers of layer_quant_config",
+        ),
+    ],
+)
+def test_what_config_json_alone_does_not_tell(tmp_path, capsys, quantization, unknown):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    fields["quantization_config"] = quantization
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "1", "--vllm-version", "0.33.0"]) == 2
+    out = capsys.readouterr().out
+    assert f"not known: {unknown}\n" in out
+    assert "the checkpoint's folder or hub id would tell" in out
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kinds"),
+    [
+        (
+            {
+                **QUANTIZATION,
+                "ignored_layers": [
+                    f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkvo"
+                ],
+                "modules_to_not_convert": ["model.layers.0.mlp.experts"],
+            },
+            ["experts"],
+        ),
+        (
+            {**QUANTIZATION, "modules_to_not_convert": ["model.layers.0.mlp.experts"]},
+            ["qkv", "row"],
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "FP8_PB_WO",
+                "exclude_modules": ["*.experts*"],
+            },
+            ["qkv", "row"],
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quantization": {
+                    "quant_algo": "fp8_pb_wo",
+                    "exclude_modules": ["model.layers.0.self_attn*"],
+                },
+            },
+            ["experts"],
+        ),
+        # As vLLM, by the first expert; ModelOpt's other name for it; lower case.
+        *(
+            (
+                {
+                    "quant_method": "modelopt",
+                    "quant_algo": "mixed_precision",
+                    "quantized_layers": {
+                        f"model.layers.0.mlp.experts.{n}.{leaf}": {"quant_algo": name}
+                        for n in range(128)
+                        for leaf in ("gate_proj", "up_proj", "down_proj")
+                    },
+                },
+                ["experts"],
+            )
+            for name in ("FP8_PB_WO", "fp8_block_scales")
+        ),
+        # Experts' own entry comes first, wherever it is.
+        (
+            {
+                "quant_method": "modelopt_mixed",
+                "quantization": {
+                    "quant_algo": "MIXED_PRECISION",
+                    "quantized_layers": {
+                        "model.layers.0.mlp.experts.gate_up_proj": {
+                            "quant_algo": "NVFP4"
+                        },
+                        "model.layers.0.mlp.experts": {"quant_algo": "FP8_PB_WO"},
+                    },
+                },
+            },
+            ["experts"],
+        ),
+    ],
+)
+def test_what_config_json_leaves_out(tmp_path, capsys, quantization, kinds):
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    fields["quantization_config"] = quantization
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    main(["check", str(tmp_path), "-tp", "4", "--vllm-version", "0.33.0", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["unknown"] == []
+    assert [layer["kind"] for layer in found["sizes"][0]["layers"]] == kinds
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        (
+            {**QUANTIZATION, "activation_scheme": "static"},
+            "activation_scheme 'static': with blocks vLLM takes 'dynamic' alone",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8_BLOCK_SCALES"},
+            "FP8_BLOCK_SCALES: vLLM takes it of experts in MIXED_PRECISION alone",
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {"x.o_proj": {"quant_algo": "FP8_BLOCK_SCALES"}},
+            },
+            "x.o_proj: vLLM takes FP8_BLOCK_SCALES of experts alone",
+        ),
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {
+                    "x.experts": {"quant_algo": "FP8_PB_WO", "group_size": 64}
+                },
+            },
+            "x.experts: blocks of 64, not 128",
+        ),
+    ],
+)
+def test_what_vllm_does_not_take(tmp_path, capsys, quantization, says):
+    fields = {**config("Qwen3-30B-A3B"), "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "4"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_variable_that_stops_vllm(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_FP8_TP_PADDING", "bogus")
+    assert main(["check", QWEN, "-tp", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "VLLM_FP8_TP_PADDING=bogus: with this, vLLM stops at its start." in error
+    assert "one of auto, padded, off" in error
 
 
 FORMATS = {
@@ -256,16 +524,30 @@ def test_names_are_whole(tmp_path, capsys):
     assert [each["kind"] for each in size["layers"]] == ["qkv", "row", "experts"]
 
 
-@pytest.mark.parametrize("pattern", ["re:(a+)+x", "re:" + ".*" * 5 + "x", "re:("])
-def test_a_pattern_that_would_take_forever(tmp_path, capsys, pattern):
+@pytest.mark.parametrize(
+    "pattern", [r"re:(?:.*\.)*visual\..*", r"re:(.*)\.(.*)\.(.*)\.(.*)_proj_(.*)"]
+)
+def test_patterns_that_repeat(tmp_path, capsys, pattern):
+    """As published; vLLM matches them, too."""
+    assert listed(tmp_path, pattern) == 1
+    assert "needs this package" in capsys.readouterr().out
+
+
+def test_a_pattern_that_is_none(tmp_path, capsys):
+    assert listed(tmp_path, "re:(") == 2
+    assert "makes no sense (ValueError(" in capsys.readouterr().err
+
+
+def listed(tmp_path, *names: str) -> int:
+    """Return the exit code for a config that leaves modules in 16 bits."""
     fields = config("Qwen3-30B-A3B")
     fields["quantization_config"] = {
         **fields["quantization_config"],
-        "modules_to_not_convert": [pattern],
+        "modules_to_not_convert": names,
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert main(["check", str(tmp_path), "-tp", "4"]) == 2
-    assert "makes no sense (ValueError(" in capsys.readouterr().err
+    options = ["-tp", "4", "--vllm-version", "0.28.0"]
+    return main(["check", str(tmp_path), *options])
 
 
 def test_what_nobody_knows_is_said(tmp_path, capsys):

@@ -121,3 +121,15 @@ def test_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UsageError, match="pip install huggingface_hub, or give a"):
         checkpoint.read(REPO)
+
+
+def test_what_modelopt_wrote_beside_config_json(tmp_path, hub):
+    folder = tmp_path / "model"
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    blocks = {"quant_algo": "FP8_PB_WO"}
+    said = {"producer": {"name": "modelopt"}, "quantization": blocks}
+    (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    done = ask(tmp_path, REPO, "-tp", "1", "--json", HF_ENDPOINT=hub[0])
+    assert json.loads(done.stdout)["format"] == "modelopt", done.stderr

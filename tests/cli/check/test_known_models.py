@@ -21,8 +21,7 @@ def test_the_table_is_up_to_date():
 def test_the_readme_shows_it():
     heading, rule, *rows = known_models.table().splitlines()
     readme = README.read_text().splitlines()
-    if heading not in readme:
-        pytest.skip("the README has no table of known models")
+    assert heading in readme
     start = readme.index(heading)
     assert readme[start : start + 2 + len(rows)] == [heading, rule, *rows]
 

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from vllm_patch.cli import UsageError
 
 INDEX = "model.safetensors.index.json"
+# Where ModelOpt says what vLLM looks for in config.json first.
+MODELOPT = "hf_quant_config.json"
 # Far above what any model has: beyond, a file is not what it claims to be.
 MOST_BYTES = 64 << 20
 # What the safetensors library itself reads at most.
@@ -45,7 +48,7 @@ class Checkpoint:
 
     Attributes:
         name: What the user called it.
-        fields: Its config.json.
+        fields: Its config.json, with ModelOpt's quantization_config beside it.
         tensors: Tensor name -> what its header says; None without headers.
 
     """
@@ -87,7 +90,12 @@ def parsed(text: str | bytes, what: str, remedy: str) -> dict[str, Any]:
 
 def _config(path: Path) -> dict[str, Any]:
     remedy = "Give the config.json of a model, or the folder that holds it."
-    return parsed(_text(path, remedy), str(path), remedy)
+    fields = parsed(_text(path, remedy), str(path), remedy)
+    beside = path.parent / MODELOPT
+    if fields.get("quantization_config") is None and beside.is_file():
+        again = "Download the checkpoint again."
+        fields["quantization_config"] = parsed(_text(beside, again), str(beside), again)
+    return fields
 
 
 def _text(path: Path, remedy: str) -> bytes:
@@ -199,7 +207,10 @@ def _from_hub(name: str) -> Checkpoint:
             "huggingface_hub: pip install huggingface_hub, or give a config.json."
         ) from error
     try:
-        fields = _config(Path(hub.hf_hub_download(name, "config.json")))
+        path = Path(hub.hf_hub_download(name, "config.json"))
+        with suppress(hub.utils.EntryNotFoundError):
+            hub.hf_hub_download(name, MODELOPT)
+        fields = _config(path)
         found = hub.get_safetensors_metadata(name).files_metadata
     except UsageError:
         raise

@@ -3,6 +3,9 @@
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from vllm_patch.cli.check.stock import (
     Setting,
 )
 from vllm_patch.cli.check.verdict import AS_IT_IS, CANNOT_RUN, Verdict, chosen
+from vllm_patch.wrappers import MODES, VARIABLE
 
 MOST_TP, ALL = 1024, range(1, 65)
 DESCRIPTION = """\
@@ -104,12 +108,17 @@ def run(args: argparse.Namespace) -> int:
     for tp in asked:
         if not 0 < tp <= MOST_TP:
             raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+    if (mode := os.environ.get(VARIABLE, MODES[0])) not in MODES:
+        raise UsageError(
+            f"{VARIABLE}={mode}: with this, vLLM stops at its start. Unset it, or give "
+            f"one of {', '.join(MODES)}."
+        )
     found = checkpoint.read(args.model)
     how = quantization.read(found.fields, found.name)
-    if how.block is None or how.format not in FORMATS:
-        return _say_not_in_blocks(how, found.name, args.json)
-    release = args.vllm_version or _installed()
     text = _text(found)
+    if how.block is None or how.format not in FORMATS:
+        return _say_not_in_blocks(found, how, text, args.tp or (), args.json)
+    release = args.vllm_version or _installed()
     model, source = _layers(found, how, text)
     verdicts = [
         Verdict(
@@ -139,20 +148,59 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _say_not_in_blocks(how: Quantization, name: str, as_json: bool) -> int:
-    # Nothing else of these two depends on the size.
-    code = AS_IT_IS if how.format in ("unquantized", "fp8") else CANNOT_RUN
+def _say_not_in_blocks(
+    found: Checkpoint,
+    how: Quantization,
+    text: dict,
+    asked: Sequence[int],
+    as_json: bool,
+) -> int:
+    is_judged = how.format in (quantization.UNQUANTIZED, "fp8")
+    if is_judged and found.tensors is not None:
+        _check_that_none_is(found, how, text)
     said = (
         f"{how.format}: no weights in FP8 blocks that this package knows, so it "
         "changes nothing. MXFP8, NVFP4, INT4, scales per tensor or per channel, and 16 "
         "bits are stock vLLM's"
     )
-    said += ", and not judged here." if code else "."
+    said += "." if is_judged else ", and not judged here."
+    refused = [(tp, _undivided(text, how, tp)) for tp in asked]
+    said += "".join(f" TP {tp} cannot run: {why}" for tp, why in refused if why)
+    is_fine = is_judged and not any(why for _, why in refused)
+    code = AS_IT_IS if is_fine else CANNOT_RUN
     if as_json:
-        print(json.dumps(report.without_blocks(name, how, code, said), indent=2))
+        print(json.dumps(report.without_blocks(found.name, how, code, said), indent=2))
     else:
-        print(f"{name}: {said}")
+        print(f"{found.name}: {said}")
     return code
+
+
+def _check_that_none_is(found: Checkpoint, how: Quantization, text: dict) -> None:
+    """Raise UsageError if a tensor is in FP8 in a way that the config does not say."""
+    if how.format != quantization.UNQUANTIZED:
+        layers.layers(found.tensors, how, text)
+        return
+    for name, tensor in found.tensors.items():
+        if tensor.dtype == "F8_E4M3":
+            raise UsageError(
+                f"{found.name}: not known: {name} in {tensor.file} is FP8, and "
+                "config.json has no quantization_config. Take it from the published "
+                "one, or download hf_quant_config.json."
+            )
+
+
+def _undivided(text: dict, how: Quantization, tp: int) -> str | None:
+    """Return why vLLM shares a model without FP8 blocks among no ``tp`` ranks."""
+    # None of this depends on release, platform or backend.
+    blocks = Quantization(how.format, (1, 1))
+    setting = Setting(
+        *(releases.SUPPORTED[-1], tp, PLATFORMS[0], BACKENDS[0], "fp8", blocks.block)
+    )
+    model = Layers()
+    # Its sizes are those of layers in blocks, where they are known.
+    with suppress(UsageError):
+        model = layers.layers(derived.tensors(text, blocks).tensors, blocks, text)
+    return Verdict(model, text, setting).undivided
 
 
 def _layers(found: Checkpoint, how: Quantization, text: dict) -> tuple[Layers, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_patch.cli import UsageError
 from vllm_patch.cli.check.checkpoint import Tensor
-from vllm_patch.cli.check.quantization import Quantization
+from vllm_patch.cli.check.quantization import Quantization, parts
 from vllm_patch.cli.model_config import EXPERTS, SIZE
 
 # Most that a field may say, so that nobody waits for nonsense.
@@ -37,7 +37,8 @@ class Derived:
         text: The language model's fields.
         quantization: What is in blocks.
         tensors: Name -> tensor, of the decoder's linear layers.
-        unknown: Fields that look like sizes and are of layers nobody here knows.
+        unknown: Fields that look like sizes and are of layers nobody here knows, and
+            what config.json does not tell of which layers are in blocks.
 
     """
 
@@ -113,7 +114,32 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
         for key, value in text.items()
         if value and (key in OTHERS or (SIZE.fullmatch(key) and key not in KNOWN))
     ]
+    model.unknown += [*quantization.untold, *_unplaced(model)]
     return model
+
+
+def _unplaced(model: Derived) -> Iterator[str]:
+    """Say what vLLM may match otherwise, or that nothing is in blocks."""
+    quantization = model.quantization
+    modules = [name.removesuffix(".weight") for name in model.tensors]
+    if quantization.listed:
+        placed = {part for module in modules for part in parts(module)}
+        if left := sorted(quantization.listed.names - placed):
+            yield f"quantized_layers: {left[0][:80]}"
+    partly = (module for module in modules if _is_partly_named(quantization, module))
+    if module := next(partly, None):
+        yield f"{module}: left out by a part of its name, or by a pattern"
+    if quantization.block and not any(map(quantization.takes, modules)):
+        yield "layers in FP8 blocks: config.json names none of those that it implies"
+
+
+def _is_partly_named(quantization: Quantization, module: str) -> bool:
+    """Whether a module is left out, and not by its name, to which vLLM keeps here."""
+    if quantization.format != "fp8" or not quantization.unquantized.has(module):
+        return False
+    # That of a layer's experts stands for all of them.
+    experts, _, _ = module.partition(".experts.")
+    return not quantization.unquantized.names & {module, f"{experts}.experts"}
 
 
 def _mlp(model: Derived, name: str, size: int) -> None:

@@ -3,6 +3,7 @@
 
 import fnmatch
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -10,12 +11,18 @@ from typing import Any
 from vllm_patch.cli import UsageError
 from vllm_patch.cli.block_format import FORMATS
 
-# Of checkpoints' patterns: what they start with, how many there may be, and repetitions
-# in one of them and of a group, which a match could take forever on.
-REGEX, MOST_PATTERNS, MOST_REPEATS = "re:", 1000, 4
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
+# What checkpoints' patterns start with.
+REGEX = "re:"
+UNQUANTIZED = "unquantized"
 INC = "inc", "auto-round", "auto_round"
-MIXED = "modelopt-mixed"
+MODELOPT, MIXED = ("modelopt", "modelopt_mixed"), "modelopt-mixed"
+# ModelOpt's other name for FP8_PB_WO, which vLLM knows of experts.
+EXPERTS_IN_BLOCKS = ("FP8_BLOCK_SCALES",)
+# Fields of Quark and INC with schemes of single layers.
+OVERRIDES = "layer_quant_config", "layer_type_quant_config", "extra_config"
+# Names of parts of experts; of single ones, or patterns of those.
+_CHILD = re.compile(r"(.*\bexperts)\..+")
+_SINGLE = re.compile(r"\bexperts\\?\.[\d\\\[(]")
 LEAST_BLOCK, MOST_BLOCK = 8, 1 << 20
 
 
@@ -36,23 +43,22 @@ class Modules:
                 patterns.append(_compiled(text.removeprefix(REGEX)))
             elif "*" in text:
                 patterns.append(re.compile(fnmatch.translate(text)))
-        if len(patterns) > MOST_PATTERNS:
-            raise ValueError(f"{len(patterns)} patterns")
         return cls(frozenset(texts), tuple(patterns))
 
     def has(self, module: str) -> bool:
-        parts = module.split(".")
-        ends = range(len(parts) + 1)
-        names = (".".join(parts[i:j]) for i, j in combinations(ends, 2))
-        return any(name in self.names for name in names) or any(
+        return any(name in self.names for name in parts(module)) or any(
             pattern.match(module) for pattern in self.patterns
         )
 
 
+def parts(module: str) -> Iterator[str]:
+    """Return the parts of a module's name between any two dots."""
+    words = module.split(".")
+    ends = combinations(range(len(words) + 1), 2)
+    return (".".join(words[i:j]) for i, j in ends)
+
+
 def _compiled(pattern: str) -> re.Pattern:
-    repeats = sum(pattern.count(sign) for sign in "*+{")
-    if repeats > MOST_REPEATS or _REPEATED_GROUP.search(pattern):
-        raise ValueError(f"the pattern {pattern[:80]!r}, which repeats too much")
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -68,6 +74,8 @@ class Quantization:
         block: Rows and columns of a quant block; None if weights are not FP8 in blocks.
         unquantized: Modules that are left in 16 bits.
         listed: With a mixed format, the only modules in blocks; else None.
+        untold: Why headers alone tell which modules are in blocks; empty if the config
+            does, too.
 
     """
 
@@ -75,6 +83,7 @@ class Quantization:
     block: tuple[int, int] | None
     unquantized: Modules = Modules()
     listed: Modules | None = None
+    untold: tuple[str, ...] = ()
 
     def takes(self, module: str) -> bool:
         """Whether a module's weights are in blocks, by the config alone."""
@@ -84,13 +93,18 @@ class Quantization:
 
 
 def read(fields: dict[str, Any], source: str) -> Quantization:
-    """Return what a config.json says; raise UsageError if it makes no sense."""
+    """Return what a config.json says.
+
+    Raises:
+        UsageError: It makes no sense, or vLLM does not take it.
+
+    """
     text = fields.get("text_config")
     found = fields.get("quantization_config") or fields.get("compression_config")
     if not found and isinstance(text, dict):
         found = text.get("quantization_config")
     if not found:
-        return Quantization("unquantized", None)
+        return Quantization(UNQUANTIZED, None)
     try:
         return _read(found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -101,26 +115,88 @@ def read(fields: dict[str, Any], source: str) -> Quantization:
 
 
 def _read(found: dict[str, Any]) -> Quantization:
-    method = str(found.get("quant_method")).lower()
+    method = str(found.get("quant_method")).lower().replace("_tensors", "-tensors")
     if method in INC:
         is_fp8 = (found.get("bits"), found.get("data_type")) == (8, "fp")
         group = found.get("group_size")
         block = group if is_fp8 and isinstance(group, list) else None
-        return Quantization("inc", _block(block))
+        return Quantization("inc", _block(block), untold=_untold(found, ()))
+    if method in MODELOPT or _is_modelopt(found):
+        return _modelopt(found)
     known = FORMATS.get(method)
     if known is None:
         return Quantization(method, None)
-    unquantized = Modules.of(found.get(known.unquantized))
-    listed = found.get("quantized_layers")
-    if method == "modelopt" and listed:
-        names = [
-            name
-            for name, layer in listed.items()
-            if layer.get("quant_algo") == "FP8_PB_WO"
-        ]
-        block = [128, 128] if names else None
-        return Quantization(MIXED, _block(block), unquantized, Modules.of(names))
-    return Quantization(method, _block(known.blocks(found)), unquantized)
+    block = _block(known.blocks(found))
+    scheme = found.get("activation_scheme", "dynamic")
+    if method == "fp8" and block and scheme != "dynamic":
+        raise ValueError(
+            f"activation_scheme {scheme!r}: with blocks vLLM takes 'dynamic' alone"
+        )
+    left_out = found.get(known.unquantized)
+    if method == "fp8":
+        left_out = found.get("ignored_layers") or left_out
+    untold = _untold(found, left_out)
+    return Quantization(method, block, Modules.of(left_out), untold=untold)
+
+
+def _untold(found: dict[str, Any], left_out: Any) -> tuple[str, ...]:
+    """Return what of a config needs the names of a model's own modules."""
+    reasons = [f"layers of {key}" for key in OVERRIDES if found.get(key)]
+    groups = [*(found.get("config_groups") or {}).values()]
+    if len(groups) > 1 or any(g.get("targets") != ["Linear"] for g in groups):
+        reasons.append("layers of config_groups for other targets than Linear")
+    names = [text for text in left_out or () if isinstance(text, str)]
+    if single := next(filter(_SINGLE.search, names), None):
+        reasons.append(f"experts, of which {single[:80]} is left out")
+    return tuple(reasons)
+
+
+def _is_modelopt(found: dict[str, Any]) -> bool:
+    """Whether ModelOpt wrote it in its own way, which names no quant_method."""
+    inner, producer = found.get("quantization"), found.get("producer")
+    is_named = isinstance(producer, dict) and producer.get("name") == "modelopt"
+    return isinstance(inner, dict) and (is_named or "modelopt_quant_config" in inner)
+
+
+def _modelopt(found: dict[str, Any]) -> Quantization:
+    if "quantization" in found:
+        found = found["quantization"]
+        left_out = found.get("exclude_modules")
+    else:
+        left_out = found.get("ignore", found.get("exclude_modules"))
+    algorithm = str(found.get("quant_algo")).upper()
+    unquantized, untold = Modules.of(left_out), _untold({}, left_out)
+    if algorithm == "MIXED_PRECISION":
+        return _mixed(found["quantized_layers"], unquantized, untold)
+    if algorithm in EXPERTS_IN_BLOCKS:
+        raise ValueError(
+            f"quant_algo {algorithm}: vLLM takes it of experts in MIXED_PRECISION alone"
+        )
+    block = FORMATS["modelopt"].blocks({"quant_algo": algorithm})
+    return Quantization("modelopt", _block(block), unquantized, untold=untold)
+
+
+def _mixed(
+    layers: dict[str, Any], unquantized: Modules, untold: tuple[str, ...]
+) -> Quantization:
+    """Return what a list of layers says, each with an algorithm of its own."""
+    listed: dict[str, dict] = {}
+    for name, layer in layers.items():
+        # As in vLLM, the first of their children speaks for experts without a word.
+        if child := _CHILD.fullmatch(name):
+            listed.setdefault(child[1], layer)
+    listed |= {n: layer for n, layer in layers.items() if not _CHILD.fullmatch(n)}
+    names = []
+    for name, layer in listed.items():
+        algorithm = str(layer.get("quant_algo")).upper()
+        if algorithm in EXPERTS_IN_BLOCKS and not name.endswith("experts"):
+            raise ValueError(f"{name}: vLLM takes {algorithm} of experts alone")
+        if algorithm in ("FP8_PB_WO", *EXPERTS_IN_BLOCKS):
+            names.append(name)
+            if (size := layer.get("group_size", 128)) != 128:
+                raise ValueError(f"{name}: blocks of {size}, not 128")
+    block = (128, 128) if names else None
+    return Quantization(MIXED, block, unquantized, Modules.of(names), untold)
 
 
 def _block(block: Any) -> tuple[int, int] | None:
