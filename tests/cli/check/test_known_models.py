@@ -1,10 +1,13 @@
 """That the table of known models is what ``check`` says today."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.engine_models import MODELS
 from vllm_patch.cli.check.verdict import chosen
+from vllm_patch.cli.main import main
 
 from . import known_models
 from .known_models import TABLE, verdict
@@ -47,3 +50,18 @@ def test_the_size_to_choose():
     assert chosen(sizes).setting.tp == 8
     assert chosen(sizes[3:4]).setting.tp == 8
     assert chosen(sizes[4:]) is None
+
+
+def test_the_readme_shows_what_check_prints(tmp_path, capsys):
+    """Not all of it, but line by line."""
+    command = "    $ vllm-patch check config.json -tp 8"
+    _, _, block = README.read_text().partition(
+        "    $ vllm-patch check config.json -tp 8"
+    )
+    shown = [line[4:] for line in block.partition("\n\n")[0].splitlines()[1:]]
+    (model,) = [model for model in MODELS if model.name == "Qwen3-235B-TP8"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(model.config()))
+    assert main(["check", str(path), "-tp", "8", "--vllm-version", "0.33.0"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(shown) > 5 and [line for line in printed if line in shown] == shown

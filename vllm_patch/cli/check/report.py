@@ -90,7 +90,9 @@ def _says(verdict: Verdict) -> str:
         return "cannot be told, for what is not known"
     kinds = {row.stock.kind for row in verdict.rows}
     if verdict.code == AS_IT_IS and "refined" in kinds:
-        return f"{SAYS[AS_IT_IS]} on refined blocks, faster with this package"
+        is_compact = any(row.ours.kind == "compact" for row in verdict.rows)
+        gain = ", faster with this package" if is_compact else ""
+        return f"{SAYS[AS_IT_IS]} on refined blocks{gain}"
     if verdict.code == AS_IT_IS and "shared" in kinds:
         return f"{SAYS[AS_IT_IS]} with idle ranks"
     return SAYS[verdict.code]
