@@ -1,10 +1,14 @@
 """That the table of known models is what ``check`` says today."""
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
 
+from vllm_patch.cli.check import command
 from vllm_patch.cli.check.verdict import chosen
+from vllm_patch.cli.main import main
 
 from . import known_models
 from .known_models import TABLE, verdict
@@ -24,6 +28,25 @@ def test_the_readme_shows_it():
     assert heading in readme
     start = readme.index(heading)
     assert readme[start : start + 2 + len(rows)] == [heading, rule, *rows]
+
+
+def test_the_example_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Its lines are those that the command prints, in this order."""
+    monkeypatch.setattr(command, "_installed", lambda: "0.33.0")
+    lines = iter(README.read_text().splitlines())
+    asked = next(line for line in lines if line.startswith("    $ vllm-patch check "))
+    shown = itertools.takewhile(lambda line: line.startswith("    ") or not line, lines)
+    shown = [line for line in shown if line.strip()]
+    *_, model, option, tp = asked.split()
+    assert "config.json" in model or "Qwen3-235B-A22B" in model
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(known_models.config("Qwen3-235B-A22B")))
+    monkeypatch.chdir(tmp_path)
+    main(["check", file.name, option, tp])
+    printed = iter(capsys.readouterr().out.splitlines())
+    assert shown
+    for line in shown:
+        assert line[4:] in printed
 
 
 @pytest.mark.parametrize(
