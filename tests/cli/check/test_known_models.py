@@ -55,9 +55,7 @@ def test_the_size_to_choose():
 def test_the_readme_shows_what_check_prints(tmp_path, capsys):
     """Not all of it, but line by line."""
     command = "    $ vllm-patch check config.json -tp 8"
-    _, _, block = README.read_text().partition(
-        "    $ vllm-patch check config.json -tp 8"
-    )
+    _, _, block = README.read_text().partition(command)
     shown = [line[4:] for line in block.partition("\n\n")[0].splitlines()[1:]]
     (model,) = [model for model in MODELS if model.name == "Qwen3-235B-TP8"]
     path = tmp_path / "config.json"
