@@ -72,7 +72,7 @@ def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
             [QWEN, "-tp", "8", "--platform", "cpu", "--moe-backend", "triton"],
             "triton has kernels for GPUs only. Give auto on cpu",
         ),
-        ([QWEN, "-tp", "8", "--plot", "x.png"], "ends in .svg."),
+        ([QWEN, "-tp", "8", "--plot", "x.gif"], "ends in .svg or .png"),
         ([QWEN, "-tp", "4", "--plot", "x.svg"], "no quant block is cut"),
         ([QWEN, "-tp", "8", "--plot", "/no/x.svg"], "Give another place"),
     ],

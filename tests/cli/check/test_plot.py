@@ -1,10 +1,13 @@
 """The pictures: that of the README is up to date, and they hold what they should."""
 
+import sys
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from vllm_patch.cli import UsageError
 from vllm_patch.cli.check import plot
 
 from .known_models import verdict
@@ -58,3 +61,18 @@ def test_many_ranks_are_not_all_drawn(tmp_path, name, tp):
     image = drawn(tmp_path, name, tp)
     texts = [each.text for each in image.iter() if each.text]
     assert f"{tp - plot.MOST_RANKS} more ranks likewise" in texts
+
+
+def test_a_png_without_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cairosvg", None)
+    with pytest.raises(UsageError, match="pip install cairosvg, or give a .svg"):
+        plot.write([verdict("Qwen3-235B-A22B", 8)], tmp_path / "cut.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_png(tmp_path, monkeypatch):
+    """What is written is what the library makes of the same drawing."""
+    made = types.SimpleNamespace(svg2png=lambda svg, scale: b"PNG of " + svg[:4])
+    monkeypatch.setitem(sys.modules, "cairosvg", made)
+    plot.write([verdict("Qwen3-235B-A22B", 8)], tmp_path / "cut.png")
+    assert (tmp_path / "cut.png").read_bytes() == b"PNG of <svg"

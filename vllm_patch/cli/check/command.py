@@ -86,7 +86,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw how ranks cut the blocks of one layer, as an .svg",
+        help="draw how ranks cut the blocks of one layer: .svg, or .png with cairosvg",
     )
     parser.set_defaults(run=run)
 

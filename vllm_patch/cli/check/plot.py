@@ -35,20 +35,33 @@ def write(verdicts: list[Verdict], file: Path) -> None:
     """Draw the first layer that is cut, experts if some are.
 
     Raises:
-        UsageError: There is none, the file's name is of no SVG, or its folder is not
-            there.
+        UsageError: There is none, the file's name is of no image that can be written,
+            or its folder is not there.
 
     """
-    if file.suffix != ".svg":
-        raise UsageError(f"--plot {file}: give a name that ends in .svg.")
+    if file.suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot {file}: give a name that ends in .svg or .png.")
     rows = [row for v in verdicts for row in v.rows if row.cut and row.is_taken]
     if not rows:
         raise UsageError(f"--plot {file}: no quant block is cut, so nothing is to see.")
     row = min(rows, key=lambda row: row.layer.kind != "experts")
+    image = drawing(row).encode()
+    if file.suffix == ".png":
+        image = _png(image)
     try:
-        file.write_text(drawing(row), encoding="utf-8")
+        file.write_bytes(image)
     except OSError as error:
         raise UsageError(f"--plot {file}: {error}. Give another place.") from error
+
+
+def _png(svg: bytes) -> bytes:
+    try:
+        import cairosvg
+    except (ImportError, OSError) as error:  # The latter without the cairo library.
+        raise UsageError(
+            f"A .png needs cairosvg ({error}): pip install cairosvg, or give a .svg."
+        ) from error
+    return cairosvg.svg2png(svg, scale=2)
 
 
 def drawing(row: Row) -> str:
