@@ -37,6 +37,8 @@ def interrupted(moment: int, command, modules=MODULES) -> bool:
         return trace
 
     before = sys.gettrace()
+    # A process in the background may have been told to ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.settrace(trace)
     try:
         command()
@@ -44,6 +46,7 @@ def interrupted(moment: int, command, modules=MODULES) -> bool:
         pass
     finally:
         sys.settrace(before)
+        signal.signal(signal.SIGINT, handler)
     return next(lines) > moment
 
 
