@@ -7,10 +7,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -210,19 +211,13 @@ def called(engine: Engine, length: int) -> dict[str, Any]:
         times[-1].append(time.perf_counter() - started)
         return out
 
-    with patched(FusedMoEKernel, "apply", apply):
+    with mock.patch.object(FusedMoEKernel, "apply", apply):
         for _ in range(1 + PREFILLS):
             times.append([])
             engine.serve([length], tokens=1)
     # Nothing is called where a graph is replayed.
     each = [statistics.mean(calls) for calls in times[1:] if calls]
     return row("experts_call_ms", each, tokens=length) if each else {}
-
-
-def patched(owner: type, name: str, value: Callable):
-    from unittest import mock
-
-    return mock.patch.object(owner, name, value)
 
 
 def logits(engine: Engine) -> torch.Tensor:
@@ -235,7 +230,7 @@ def logits(engine: Engine) -> torch.Tensor:
         found.append(out.detach().float().cpu())
         return out
 
-    with patched(type(engine.model), "compute_logits", compute_logits):
+    with mock.patch.object(type(engine.model), "compute_logits", compute_logits):
         for length in CHECKED_PROMPTS:
             engine.serve([length], tokens=1)
     return torch.cat(found)

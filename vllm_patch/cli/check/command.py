@@ -3,14 +3,13 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from vllm_patch import releases
-from vllm_patch.cli import UsageError
+from vllm_patch.cli import UsageError, environment
 from vllm_patch.cli.check import checkpoint, derived, layers, plot, quantization, report
 from vllm_patch.cli.check.checkpoint import Checkpoint
 from vllm_patch.cli.check.layers import Layers
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     for tp in asked:
         if not 0 < tp <= MOST_TP:
             raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
-    if (mode := os.environ.get(VARIABLE, MODES[0])) not in MODES:
+    if (mode := environment.mode()) not in MODES:
         raise UsageError(
             f"{VARIABLE}={mode}: with this, vLLM stops at its start. Unset it, or give "
             f"one of {', '.join(MODES)}."

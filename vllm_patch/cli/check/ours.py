@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this package does with a layer that is cut inside a quant block."""
 
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vllm_patch.cli import environment
 from vllm_patch.cli.check.layers import Layer
 from vllm_patch.cli.check.stock import (
     AUTO,
@@ -61,7 +61,7 @@ def ours(layer: Layer, setting: Setting, text: dict[str, Any]) -> Ours:
 def _obstacle(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None:
     name, block = setting.format, setting.block[0]
     is_experts = layer.kind == "experts"
-    if os.environ.get(VARIABLE) == OFF:
+    if environment.mode() == OFF:
         return f"{VARIABLE}={OFF}"
     if setting.block[0] != setting.block[1]:
         return "the blocks are not square"
@@ -86,8 +86,8 @@ def _why_padded(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | N
     """Return why experts are not stored compact, or None."""
     (dimension,), block = layer.dimensions(setting.tp), setting.block[0]
     blocks = max(dimension.shard(block, r).num_blocks for r in range(setting.tp))
-    if os.environ.get(VARIABLE, MODES[0]) != MODES[0]:
-        return f"{VARIABLE}={os.environ[VARIABLE]}"
+    if (mode := environment.mode()) != MODES[0]:
+        return f"{VARIABLE}={mode}"
     if setting.platform == CPU:
         return "kernels for CPUs take whole blocks"
     if setting.backend not in (AUTO, TRITON):
