@@ -31,6 +31,7 @@ SWAPPED = Tile(64, 4, 3, swap=True)
 PATHS = {
     "pairs": PairTiles(Tile(32, 4, 3, unroll=2), Tile(64, 4, 3)),
     "pairs, swapped": PairTiles(SWAPPED, SWAPPED),
+    "pairs, split": PairTiles(Tile(32, 4, 3), SWAPPED, gate_up_splits=2),
     "sorted": SortedTiles(16, Tile(32, 4, 3), Tile(128, 4, 2), down_splits=2),
     "sorted, swapped": SortedTiles(16, SWAPPED, SWAPPED),
 }

@@ -49,6 +49,36 @@ def _dot(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
+def _interleaved(COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+    """Column of each of ``2 * COLUMNS`` rows of gate and up, and 0 for gate, 1 for up.
+
+    A thread has two neighbouring columns of an accumulator, or two rows that are eight
+    apart: gate and up of one column, so that it can take them apart by itself.
+    """
+    row = tl.arange(0, 2 * COLUMNS)
+    if SWAP:
+        return row // 16 * 8 + row % 8, row // 8 % 2
+    else:
+        return row // 2, row % 2
+
+
+@triton.jit
+def _gate_and_up(both, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+    """Take apart what was multiplied by interleaved rows."""
+    if SWAP:
+        both = tl.reshape(both, [COLUMNS // 8, 2, 8, ROWS])
+        both = tl.reshape(tl.permute(both, 0, 2, 3, 1), [COLUMNS, ROWS, 2])
+    else:
+        both = tl.reshape(both, [ROWS, COLUMNS, 2])
+    return tl.split(both)
+
+
+@triton.jit
+def _activate(gate, up):
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def _per_pair(values, SWAP: tl.constexpr):
     """Values of pairs, to broadcast over an accumulator."""
     if SWAP:
@@ -62,17 +92,21 @@ def _count(
     chunk,
     topk_ids_ptr,
     counts_ptr,
+    placed_ptr,
     num_pairs,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Count each expert's pairs in one chunk."""
+    """Count each expert's pairs in one chunk; none has a place yet."""
     pair = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
     known = (ids >= 0) & (ids < EXPERTS)
     counts = tl.histogram(tl.where(known, ids, 0), BINS, mask=known)
-    tl.store(counts_ptr + chunk * BINS + tl.arange(0, BINS), counts)
+    bins = tl.arange(0, BINS)
+    tl.store(counts_ptr + chunk * BINS + bins, counts)
+    if chunk == 0:
+        tl.store(placed_ptr + bins, tl.zeros([BINS], tl.int32))
 
 
 @triton.jit
@@ -97,6 +131,7 @@ def prepare_kernel(
     x_scale_ptr,  # [num_tokens, K // 128] fp32, out
     topk_ids_ptr,  # [num_pairs] integers, -1 for padding tokens
     counts_ptr,  # [chunks, BINS] int32, out; None without CHUNK
+    placed_ptr,  # [BINS] int32, out: zeros; None without CHUNK
     num_pairs,
     chunks,
     K: tl.constexpr,
@@ -119,7 +154,10 @@ def prepare_kernel(
     if CHUNK == 0:
         _quantize(pid, x_ptr, x_codes_ptr, x_scale_ptr, K, GROUPS)
     elif pid < chunks:
-        _count(pid, topk_ids_ptr, counts_ptr, num_pairs, EXPERTS, BINS, CHUNK)
+        _count(
+            *(pid, topk_ids_ptr, counts_ptr, placed_ptr, num_pairs),
+            *(EXPERTS, BINS, CHUNK),
+        )
     else:
         _quantize(pid - chunks, x_ptr, x_codes_ptr, x_scale_ptr, K, GROUPS)
 
@@ -128,6 +166,7 @@ def prepare_kernel(
 def sort_kernel(
     topk_ids_ptr,
     counts_ptr,
+    placed_ptr,  # [BINS] int32, zero; each expert's pairs that have a place, out
     sorted_pairs_ptr,  # [max blocks * BLOCK_M] int32, out
     block_experts_ptr,  # [max blocks] int32, out
     num_blocks_ptr,  # [1] int32, out
@@ -136,21 +175,20 @@ def sort_kernel(
     CHUNKS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BINS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Sort pairs by expert into whole blocks of ``BLOCK_M``.
 
-    Grid: ``chunks * EXPERTS``. A program places one expert's pairs of one chunk; the
-    expert's last block is filled up with ``num_pairs``. ``CHUNKS`` is ``chunks``
-    rounded up to a power of two.
+    Grid: the larger of ``EXPERTS`` and ``ceil(num_pairs / PAIRS)``. A program places
+    its pairs, in any order among those of their expert, and fills one expert's last
+    block up with ``num_pairs``. ``CHUNKS`` is ``chunks`` rounded up to a power of two.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    routed = tl.program_id(0) % EXPERTS
-    chunk = tl.program_id(0) // EXPERTS
+    pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
     all_chunks = tl.arange(0, CHUNKS)
     counts = tl.load(
@@ -160,27 +198,27 @@ def sort_kernel(
     )
     totals = tl.sum(counts, 0)
     blocks = (totals + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(bins < routed, blocks, 0))
-    count = tl.sum(tl.where(bins == routed, totals, 0))
-    num_blocks = (count + BLOCK_M - 1) // BLOCK_M
-    if chunk == 0:
-        if routed == 0:
-            tl.store(num_blocks_ptr, tl.sum(blocks))
+    firsts = tl.cumsum(blocks) - blocks
+    if pid == 0:
+        tl.store(num_blocks_ptr, tl.sum(blocks))
+    if pid < EXPERTS:
+        first = tl.sum(tl.where(bins == pid, firsts, 0))
+        count = tl.sum(tl.where(bins == pid, totals, 0))
+        num_blocks = (count + BLOCK_M - 1) // BLOCK_M
         for block in range(num_blocks):
-            tl.store(block_experts_ptr + first + block, routed)
+            tl.store(block_experts_ptr + first + block, pid)
         tail = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
         unused = (tail >= count) & (tail >= 0)
         tl.store(sorted_pairs_ptr + first * BLOCK_M + tail, num_pairs, mask=unused)
 
-    here = (bins == routed)[None, :]
-    before = tl.sum(tl.where((all_chunks < chunk)[:, None] & here, counts, 0))
-    mine_here = tl.sum(tl.where((all_chunks == chunk)[:, None] & here, counts, 0))
-    if mine_here > 0:
-        pair = chunk * CHUNK + tl.arange(0, CHUNK)
-        ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
-        mine = (ids == routed).to(tl.int32)
-        place = first * BLOCK_M + before + tl.cumsum(mine) - 1
-        tl.store(sorted_pairs_ptr + place, pair, mask=mine == 1)
+    pair = pid * PAIRS + tl.arange(0, PAIRS)
+    routed = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    expert = _expert_of(routed.to(tl.int32), EXPERTS)
+    known = expert >= 0
+    expert = tl.maximum(expert, 0)
+    place = tl.gather(firsts, expert, 0) * BLOCK_M
+    place += tl.atomic_add(placed_ptr + expert, 1, mask=known, sem="relaxed")
+    tl.store(sorted_pairs_ptr + place, pair, mask=known)
 
 
 @triton.jit
@@ -221,7 +259,7 @@ def gate_up_kernel(
     x_scale_ptr,  # [num_tokens, K // 128] fp32
     w13_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
     w13_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
-    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out
+    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, or [SPLITS, 2, num_pairs, SIZE] fp32, out
     sorted_pairs_ptr,
     block_experts_ptr,
     num_blocks_ptr,
@@ -235,6 +273,7 @@ def gate_up_kernel(
     NUM_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     SORTED: tl.constexpr,
@@ -243,7 +282,8 @@ def gate_up_kernel(
 ):
     """``silu(x @ gate.T) * (x @ up.T)`` for one block of pairs and BLOCK_N columns.
 
-    Grid: ``blocks of pairs * tiles of the span that hold real columns``.
+    Grid: ``blocks of pairs * SPLITS * tiles of the span that hold real columns``. Each
+    of several ``SPLITS`` takes a part of ``K`` and writes its part of both products.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
@@ -253,7 +293,7 @@ def gate_up_kernel(
     K_BLOCKS: tl.constexpr = K // BLOCK
     pid = tl.program_id(0)
     pair, expert = _block_of_pairs(
-        pid // TILES,
+        pid // TILES // SPLITS,
         sorted_pairs_ptr,
         block_experts_ptr,
         num_blocks_ptr,
@@ -267,48 +307,69 @@ def gate_up_kernel(
         return
 
     tile = FIRST + pid % TILES
-    column = tile * BLOCK_N - LEAD + tl.arange(0, BLOCK_N)
-    real = (column >= 0) & (column < SIZE)
+    offset = tile * BLOCK_N - LEAD
     token = (pair // TOP_K).to(tl.int64)
     is_pair = pair < num_pairs
     k = tl.arange(0, BLOCK)
     x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
     x_scale_ptrs = x_scale_ptr + token * K_BLOCKS
-    gate_ptrs = w13_ptr + expert * (2 * SIZE * K) + column[:, None] * K + k[None, :]
+    row, is_up = _interleaved(BLOCK_N, SWAP)
+    row += offset
+    real_row = (row >= 0) & (row < SIZE)
+    row += is_up * SIZE
+    w_ptrs = w13_ptr + expert * (2 * SIZE * K) + row[:, None] * K + k[None, :]
     group = tile * BLOCK_N // BLOCK
     gate_scale_ptr = w13_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
-    zeros = _zeros(BLOCK_M, BLOCK_N, SWAP)
-    gate = zeros
-    up = zeros
-    for first in tl.range(0, K_BLOCKS, UNROLL, num_stages=NUM_STAGES):
+    up_scale_ptr = gate_scale_ptr + NUM_BLOCKS * K_BLOCKS
+    gate = _zeros(BLOCK_M, BLOCK_N, SWAP)
+    up = gate
+    zeros = _zeros(BLOCK_M, 2 * BLOCK_N, SWAP)
+    split = pid // TILES % SPLITS
+    FIRST_BLOCK = split * (K_BLOCKS // SPLITS)
+    for first in tl.range(0, K_BLOCKS // SPLITS, UNROLL, num_stages=NUM_STAGES):
         for i in tl.static_range(UNROLL):
-            block = first + i
+            block = FIRST_BLOCK + first + i
             x = tl.load(x_ptrs + block * BLOCK, mask=is_pair[:, None], other=0.0)
-            gate_w = tl.load(gate_ptrs + block * BLOCK, mask=real[:, None], other=0.0)
-            up_w = tl.load(
-                gate_ptrs + SIZE * K + block * BLOCK, mask=real[:, None], other=0.0
-            )
+            w = tl.load(w_ptrs + block * BLOCK, mask=real_row[:, None], other=0.0)
             x_scale = tl.load(x_scale_ptrs + block, mask=is_pair, other=0.0)
             gate_scale = x_scale * tl.load(gate_scale_ptr + block)
-            up_scale = x_scale * tl.load(gate_scale_ptr + NUM_BLOCKS * K_BLOCKS + block)
-            gate += _dot(x, gate_w, zeros, SWAP) * _per_pair(gate_scale, SWAP)
-            up += _dot(x, up_w, zeros, SWAP) * _per_pair(up_scale, SWAP)
+            up_scale = x_scale * tl.load(up_scale_ptr + block)
+            both = _dot(x, w, zeros, SWAP)
+            gate_part, up_part = _gate_and_up(both, BLOCK_M, BLOCK_N, SWAP)
+            gate += gate_part * _per_pair(gate_scale, SWAP)
+            up += up_part * _per_pair(up_scale, SWAP)
 
     if SWAP:
         gate = tl.trans(gate)
         up = tl.trans(up)
-    h = gate * tl.sigmoid(gate) * up
-    where = pair.to(tl.int64)[:, None] * SIZE + column[None, :]
+    column = offset + tl.arange(0, BLOCK_N)
+    real = (column >= 0) & (column < SIZE)
     mask = is_pair[:, None] & real[None, :]
-    tl.store(h_ptr + where, h.to(h_ptr.dtype.element_ty), mask=mask)
+    where = pair.to(tl.int64)[:, None] * SIZE + column[None, :]
+    if SPLITS == 1:
+        h = _activate(gate, up).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + where, h, mask=mask)
+    else:
+        where += split * 2 * num_pairs * SIZE
+        tl.store(h_ptr + where, gate, mask=mask)
+        tl.store(h_ptr + num_pairs * SIZE + where, up, mask=mask)
 
 
 @triton.jit
-def _load_half(
-    row_ptrs, rows, half: tl.constexpr, SIZE: tl.constexpr, LEAD: tl.constexpr
-):
-    """``[rows, 64]`` of half a quant block, zero where there is no column."""
-    column = half * HALF - LEAD + tl.arange(0, HALF)
+def _real_columns(block: tl.constexpr, SIZE: tl.constexpr, LEAD: tl.constexpr):
+    """Columns of the store that a quant block has, the half without any left out."""
+    first: tl.constexpr = block * BLOCK
+    if LEAD >= first + HALF:
+        return tl.arange(0, HALF) + (first + HALF - LEAD)
+    elif LEAD + SIZE <= first + HALF:
+        return tl.arange(0, HALF) + (first - LEAD)
+    else:
+        return tl.arange(0, BLOCK) + (first - LEAD)
+
+
+@triton.jit
+def _load_columns(row_ptrs, rows, column, SIZE: tl.constexpr):
+    """``[rows, columns]``, zero where there is none."""
     real = (column >= 0) & (column < SIZE)
     return tl.load(
         row_ptrs[:, None] + column[None, :],
@@ -318,31 +379,53 @@ def _load_half(
 
 
 @triton.jit
+def _load_parts(
+    h_ptr,
+    pair,
+    is_pair,
+    column,
+    num_pairs,
+    dtype: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """What gate and up would have written, had they not been split along K."""
+    gate = tl.zeros([pair.shape[0], column.shape[0]], tl.float32)
+    up = gate
+    row_ptrs = h_ptr + pair * SIZE
+    for split in tl.static_range(SPLITS):
+        part_ptrs = row_ptrs + 2 * split * num_pairs * SIZE
+        gate += _load_columns(part_ptrs, is_pair, column, SIZE)
+        up += _load_columns(part_ptrs + num_pairs * SIZE, is_pair, column, SIZE)
+    return _activate(gate, up).to(dtype)
+
+
+@triton.jit
 def _load_h(
     h_ptr,
     pair,
     is_pair,
+    num_pairs,
+    dtype: tl.constexpr,
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Operands of down: codes of each real half block, scales of each block."""
+    """Operands of down: codes and scales of each block."""
     codes = ()
     scales = ()
     pair = pair.to(tl.int64)
-    row_ptrs = h_ptr + pair * SIZE
     for block in tl.static_range(NUM_BLOCKS):
-        halves = ()
-        for half in tl.static_range(2 * block, 2 * block + 2):
-            if (half + 1) * HALF > LEAD and half * HALF < LEAD + SIZE:
-                halves = halves + (_load_half(row_ptrs, is_pair, half, SIZE, LEAD),)
-        absmax = tl.zeros([pair.shape[0]], tl.float32)
-        for i in tl.static_range(len(halves)):
-            largest = tl.max(tl.abs(halves[i].to(tl.float32)), 1)
-            absmax = tl.maximum(absmax, largest)
-        scale = scale_of(absmax, USE_UE8M0=False)
-        for i in tl.static_range(len(halves)):
-            codes = codes + (codes_of(halves[i].to(tl.float32), scale),)
+        column = _real_columns(block, SIZE, LEAD)
+        if SPLITS == 1:
+            h = _load_columns(h_ptr + pair * SIZE, is_pair, column, SIZE)
+        else:
+            h = _load_parts(
+                h_ptr, pair, is_pair, column, num_pairs, dtype, SIZE, SPLITS
+            )
+        block_codes, scale = quantize_rows(h.to(tl.float32), USE_UE8M0=False)
+        codes = codes + (block_codes,)
         scales = scales + (scale,)
     return codes, scales
 
@@ -360,17 +443,12 @@ def _times_w2(
     SWAP: tl.constexpr,
 ):
     """``h @ down.T`` for rows of down that share a row of quant blocks."""
-    FIRST: tl.constexpr = LEAD // HALF
     zeros = _zeros(codes[0].shape[0], rows.shape[0], SWAP)
     out = zeros
     for block in tl.static_range(NUM_BLOCKS):
-        partial = zeros
-        for half in tl.static_range(2 * block, 2 * block + 2):
-            if (half + 1) * HALF > LEAD and half * HALF < LEAD + SIZE:
-                w = _load_half(row_ptrs, rows, half, SIZE, LEAD)
-                partial = _dot(codes[half - FIRST], w, partial, SWAP)
+        w = _load_columns(row_ptrs, rows, _real_columns(block, SIZE, LEAD), SIZE)
         scale = scales[block] * tl.load(w_scale_ptr + block)
-        out += partial * _per_pair(scale, SWAP)
+        out += _dot(codes[block], w, zeros, SWAP) * _per_pair(scale, SWAP)
     return out
 
 
@@ -421,7 +499,9 @@ def down_kernel(
         return
 
     is_pair = pair < num_pairs
-    codes, scales = _load_h(h_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS)
+    codes, scales = _load_h(
+        *(h_ptr, pair, is_pair, num_pairs, None, SIZE, LEAD, NUM_BLOCKS), SPLITS=1
+    )
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
@@ -462,6 +542,7 @@ def down_and_sum_kernel(
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
@@ -484,7 +565,17 @@ def down_and_sum_kernel(
     pair = token * TOP_K + slot
     ids = tl.load(topk_ids_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
     is_pair = _expert_of(ids, EXPERTS) >= 0
-    codes, scales = _load_h(h_ptr, pair, is_pair, SIZE, LEAD, NUM_BLOCKS)
+    codes, scales = _load_h(
+        h_ptr,
+        pair,
+        is_pair,
+        num_tokens * TOP_K,
+        out_ptr.dtype.element_ty,
+        SIZE,
+        LEAD,
+        NUM_BLOCKS,
+        SPLITS,
+    )
     weight = tl.full([ROWS], 1.0, tl.float32)
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)

@@ -34,8 +34,10 @@ from .workspace import Buffers
 
 # Output columns that one program sums.
 SUM_COLUMNS = 1024
-# Programs that count or place an expert's pairs.
+# Programs that count pairs.
 MAX_CHUNKS = 16
+# Pairs that one program places.
+SORTED_PAIRS = 256
 # Rows of an operand of a matrix product: a pair that is not sorted comes alone.
 LEAST_ROWS = 16
 # Where sorted pairs lie, in the workspace.
@@ -206,18 +208,24 @@ class _Plan:
         )
 
     def _gate_up(
-        self, blocks: int, block_m: int, places: Sequence[str] = (), **sorting
+        self,
+        blocks: int,
+        block_m: int,
+        places: Sequence[str] = (),
+        splits: int = 1,
+        **sorting,
     ) -> Launch:
         problem, tile = self.problem, self.tiles.gate_up
         return Launch(
             gate_up_kernel,
-            blocks * tile.count(problem.shard),
+            blocks * splits * tile.count(problem.shard),
             ("x_codes", "x_scale", "w13", "w13_scale", "h", "topk_ids", *places),
             {
                 "num_pairs": problem.num_pairs,
                 "EXPERTS": problem.num_experts,
                 "TOP_K": problem.top_k,
                 "BLOCK_M": block_m,
+                "SPLITS": splits,
                 "UNROLL": tile.unroll,
                 **sorting,
                 **tile.launch_options,
@@ -241,13 +249,26 @@ class PairPlan(_Plan):
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        nothing = {"counts_ptr": None, "EXPERTS": 0, "BINS": 0, "CHUNK": 0}
+        nothing = {"counts_ptr": None, "placed_ptr": None, "EXPERTS": 0, "BINS": 0, "CHUNK": 0}
         unsorted = {f"{name}_ptr": None for name in PLACES} | {"SORTED": False}
         return [
             self._prepare(chunks=0, **nothing),
-            self._gate_up(self.problem.num_pairs, LEAST_ROWS, **unsorted),
+            self._gate_up(
+                self.problem.num_pairs, LEAST_ROWS, splits=self.splits, **unsorted
+            ),
             self._down_and_sum(),
         ]
+
+    @property
+    def splits(self) -> int:
+        return self.tiles.gate_up_splits
+
+    def buffers(self) -> Buffers:
+        if self.splits == 1:
+            return super().buffers()
+        problem = self.problem
+        parts = self.splits, 2, problem.num_pairs, problem.shard.size
+        return {**super().buffers(), "h": (parts, torch.float32)}
 
     def _down_and_sum(self) -> Launch:
         problem, tile = self.problem, self.tiles.down
@@ -260,6 +281,7 @@ class PairPlan(_Plan):
                 "EXPERTS": problem.num_experts,
                 "TOP_K": problem.top_k,
                 "ROWS": max(LEAST_ROWS, triton.next_power_of_2(problem.top_k)),
+                "SPLITS": self.splits,
                 "MUL_WEIGHT": problem.mul_weight,
                 **tile.launch_options,
                 **self._geometry,
@@ -280,6 +302,7 @@ class SortedPlan(_Plan):
         return {
             **super().buffers(),
             "counts": ((self.chunks, self.bins), torch.int32),
+            "placed": ((self.bins,), torch.int32),
             "sorted_pairs": ((blocks * self.tiles.block_m,), torch.int32),
             "block_experts": ((blocks,), torch.int32),
             "num_blocks": ((1,), torch.int32),
@@ -299,7 +322,7 @@ class SortedPlan(_Plan):
 
     @property
     def chunk(self) -> int:
-        """Pairs that one program counts or places."""
+        """Pairs that one program counts."""
         pairs = self.problem.num_pairs
         least = 1024 if pairs <= 2048 else 4096
         return max(least, triton.next_power_of_2(triton.cdiv(pairs, MAX_CHUNKS)))
@@ -329,7 +352,7 @@ class SortedPlan(_Plan):
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        counting = {"counts": ("counts",), **self._counting}
+        counting = {"counts": ("counts", "placed"), **self._counting}
         return [
             self._prepare(self.chunks, **counting),
             self._sort(),
@@ -339,16 +362,19 @@ class SortedPlan(_Plan):
         ]
 
     def _sort(self) -> Launch:
+        problem = self.problem
         return Launch(
             sort_kernel,
-            self.chunks * self.problem.num_experts,
-            ("topk_ids", "counts", *PLACES),
+            max(problem.num_experts, triton.cdiv(problem.num_pairs, SORTED_PAIRS)),
+            ("topk_ids", "counts", "placed", *PLACES),
             {
-                "num_pairs": self.problem.num_pairs,
+                "num_pairs": problem.num_pairs,
                 "chunks": self.chunks,
                 "CHUNKS": self._chunks_bound,
+                "EXPERTS": problem.num_experts,
+                "BINS": self.bins,
+                "PAIRS": SORTED_PAIRS,
                 "BLOCK_M": self.tiles.block_m,
-                **self._counting,
                 **self._options,
             },
         )

@@ -65,6 +65,7 @@ class PairTiles:
     Attributes:
         gate_up: Tile of gate and up.
         down: Tile of down.
+        gate_up_splits: Programs that share a tile of gate and up along ``hidden``.
         pdl: Let each kernel start while the one before it ends (Hopper). Pays
             while a kernel does not fill the GPU.
 
@@ -72,14 +73,18 @@ class PairTiles:
 
     gate_up: Tile
     down: Tile
+    gate_up_splits: int = 1
     pdl: bool = False
 
     def __post_init__(self):
+        check_positive("gate_up_splits", self.gate_up_splits)
         check_bool("pdl", self.pdl)
 
     def fit(self, hidden: int) -> "PairTiles":
         """Make the splits along ``hidden`` even."""
-        return replace(self, gate_up=self.gate_up.fit(hidden))
+        splits = math.gcd(hidden // BLOCK, self.gate_up_splits)
+        gate_up = self.gate_up.fit(hidden // splits)
+        return replace(self, gate_up=gate_up, gate_up_splits=splits)
 
 
 @dataclass(frozen=True)
