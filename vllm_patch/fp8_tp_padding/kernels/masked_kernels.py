@@ -406,13 +406,14 @@ def _load_h(
     pair,
     is_pair,
     num_pairs,
+    weight,
     dtype: tl.constexpr,
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Operands of down: codes and scales of each block."""
+    """Operands of down: codes and scales of each block, scales times weights."""
     codes = ()
     scales = ()
     pair = pair.to(tl.int64)
@@ -426,7 +427,7 @@ def _load_h(
             )
         block_codes, scale = quantize_rows(h.to(tl.float32), USE_UE8M0=False)
         codes = codes + (block_codes,)
-        scales = scales + (scale,)
+        scales = scales + (scale * weight,)
     return codes, scales
 
 
@@ -447,8 +448,8 @@ def _times_w2(
     out = zeros
     for block in tl.static_range(NUM_BLOCKS):
         w = _load_columns(row_ptrs, rows, _real_columns(block, SIZE, LEAD), SIZE)
-        scale = scales[block] * tl.load(w_scale_ptr + block)
-        out += _dot(codes[block], w, zeros, SWAP) * _per_pair(scale, SWAP)
+        part = _dot(codes[block], w, zeros, SWAP) * _per_pair(scales[block], SWAP)
+        out += part * tl.load(w_scale_ptr + block)
     return out
 
 
@@ -499,12 +500,13 @@ def down_kernel(
         return
 
     is_pair = pair < num_pairs
-    codes, scales = _load_h(
-        *(h_ptr, pair, is_pair, num_pairs, None, SIZE, LEAD, NUM_BLOCKS), SPLITS=1
-    )
-    weight = tl.full([BLOCK_M], 1.0, tl.float32)
+    weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
+    codes, scales = _load_h(
+        *(h_ptr, pair, is_pair, num_pairs, weight),
+        *(None, SIZE, LEAD, NUM_BLOCKS, 1),
+    )
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
     for start in tl.range(0, K // SPLITS, BLOCK_N, num_stages=NUM_STAGES):
@@ -521,7 +523,7 @@ def down_kernel(
             NUM_BLOCKS,
             SWAP,
         )
-        y = (y * _per_pair(weight, SWAP)).to(y_ptr.dtype.element_ty)
+        y = y.to(y_ptr.dtype.element_ty)
         if SWAP:
             y = tl.trans(y)
         tl.store(y_ptrs + row[None, :], y, mask=is_pair[:, None] & (row < K)[None, :])
@@ -565,20 +567,13 @@ def down_and_sum_kernel(
     pair = token * TOP_K + slot
     ids = tl.load(topk_ids_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
     is_pair = _expert_of(ids, EXPERTS) >= 0
-    codes, scales = _load_h(
-        h_ptr,
-        pair,
-        is_pair,
-        num_tokens * TOP_K,
-        out_ptr.dtype.element_ty,
-        SIZE,
-        LEAD,
-        NUM_BLOCKS,
-        SPLITS,
-    )
-    weight = tl.full([ROWS], 1.0, tl.float32)
+    weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
+    codes, scales = _load_h(
+        *(h_ptr, pair, is_pair, num_tokens * TOP_K, weight),
+        *(out_ptr.dtype.element_ty, SIZE, LEAD, NUM_BLOCKS, SPLITS),
+    )
     row = start + tl.arange(0, BLOCK_N)
     out = _zeros(ROWS, BLOCK_N, SWAP)
     for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
@@ -597,7 +592,7 @@ def down_and_sum_kernel(
             NUM_BLOCKS,
             SWAP,
         )
-        out += y * _per_pair(tl.where(slot == one, weight, 0.0), SWAP)
+        out += tl.where(_per_pair(slot == one, SWAP), y, 0.0)
     if SWAP:
         out = tl.trans(out)
     total = tl.sum(out, 0).to(out_ptr.dtype.element_ty)
