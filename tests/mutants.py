@@ -38,8 +38,8 @@ MUTANTS = (
     Mutant(
         "experts: a column too few in gate and up",
         "kernels/masked_kernels.py",
-        "(column < SIZE)\n    token",
-        "(column < SIZE - 1)\n    token",
+        "real_row = (row >= 0) & (row < SIZE)",
+        "real_row = (row >= 0) & (row < SIZE - 1)",
     ),
     Mutant(
         "experts: a tile takes the next block's scale",
@@ -60,16 +60,16 @@ MUTANTS = (
         "tl.load(w_scale_ptr + block * 0)",
     ),
     Mutant(
-        "experts: down's second half block starts 64 columns early",
+        "experts: down's half block starts 64 columns early",
         "kernels/masked_kernels.py",
-        "column = half * HALF - LEAD +",
-        "column = half * HALF - (HALF if half == 1 else 0) - LEAD +",
+        "(first + HALF - LEAD)",
+        "(first - LEAD)",
     ),
     Mutant(
         "experts: up takes the gate's scale",
         "kernels/masked_kernels.py",
-        "gate_scale_ptr + NUM_BLOCKS * K_BLOCKS + block",
-        "gate_scale_ptr + block",
+        "gate_scale_ptr + NUM_BLOCKS * K_BLOCKS",
+        "gate_scale_ptr",
     ),
     Mutant(
         "experts: two rows of the output are swapped",
@@ -86,14 +86,14 @@ MUTANTS = (
     Mutant(
         "experts: gate's and up's rows come from one further on",
         "kernels/masked_kernels.py",
-        "K) + column[:, None] * K",
-        "K) + (column[:, None] + 1) * K",
+        "K) + row[:, None] * K",
+        "K) + (row[:, None] + 1) * K",
     ),
     Mutant(
         "experts: one slot of a token is left out",
         "kernels/masked_kernels.py",
-        "slot == one, weight, 0.0",
-        "(slot == one) & (slot > 0), weight, 0.0",
+        "_per_pair(slot == one, SWAP)",
+        "_per_pair((slot == one) & (slot > 0), SWAP)",
     ),
     Mutant(
         "experts: padded tokens of a sorted block are summed",
@@ -122,8 +122,8 @@ MUTANTS = (
     Mutant(
         "experts: down sums in bfloat16",
         "kernels/masked_kernels.py",
-        "out += partial * _per_pair(scale, SWAP)",
-        "out += (partial * _per_pair(scale, SWAP)).to(tl.bfloat16).to(tl.float32)",
+        "out += part * tl.load(w_scale_ptr + block)",
+        "out += (part * tl.load(w_scale_ptr + block)).to(tl.bfloat16).to(tl.float32)",
     ),
     Mutant(
         "choice: blocks of any size are taken",

@@ -37,7 +37,7 @@ SUM_COLUMNS = 1024
 # Programs that count pairs.
 MAX_CHUNKS = 16
 # Pairs that one program places.
-SORTED_PAIRS = 256
+SORTED_PAIRS = 128
 # Rows of an operand of a matrix product: a pair that is not sorted comes alone.
 LEAST_ROWS = 16
 # Where sorted pairs lie, in the workspace.

@@ -40,15 +40,19 @@ def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
     should hold an expert's pairs, so that its weights are read once.
     """
     if pairs_per_expert < 0.125:
-        tile = Tile(32, 4, 3, unroll=4) if hopper else Tile(32, 4, 3)
-        return PairTiles(tile, _narrow(hopper, 5), pdl=hopper)
+        if not hopper:
+            return PairTiles(Tile(32, 4, 3), _narrow(hopper, 5))
+        gate_up = Tile(32, 4, 5, swap=True)
+        return PairTiles(gate_up, _narrow(hopper, 8), gate_up_splits=4, pdl=True)
     if pairs_per_expert < 1:
         return PairTiles(_narrow(hopper, 4), _narrow(hopper, 4))
     if pairs_per_expert < 8:
         return SortedTiles(16, _narrow(hopper, 4), _narrow(hopper, 3), 4)
     if pairs_per_expert < 32:
         return SortedTiles(32, _narrow(hopper, 3), _narrow(hopper, 3), 4)
-    return SortedTiles(64, Tile(64, 4, 4 if hopper else 2), Tile(64, 4, 3), 2)
+    if pairs_per_expert < 512 or not hopper:
+        return SortedTiles(64, Tile(64, 4, 4 if hopper else 2), Tile(64, 4, 3), 2)
+    return SortedTiles(64, Tile(64, 4, 3), Tile(64, 4, 3, swap=True))
 
 
 def _narrow(hopper: bool, num_stages: int) -> Tile:
