@@ -46,10 +46,8 @@ from vllm_patch.fp8_tp_padding.slices.shard import block_shard  # noqa: E402
 from vllm_patch.fp8_tp_padding.slices.window import Window  # noqa: E402
 
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# Instructions that touch what the kernel before writes, or overwrite what it reads.
+# Instructions that touch memory of other kernels.
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
-# These first read the router's ids, older than that, to prefetch weights.
-PREFETCHING = {"gate_up_kernel", "down_and_sum_kernel"}
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
 
 
@@ -87,7 +85,7 @@ class Job:
         binary = vars(sys.modules[module])[name].preload(self.what)
         registers, spilled = registers_of(binary)
         depends = json.loads(self.what)["options"]["launch_pdl"]
-        waits = waits_first(binary.asm["ptx"], name in PREFETCHING) == depends
+        waits = waits_first(binary.asm["ptx"]) == depends
         return Usage(registers, spilled, binary.metadata.shared, waits)
 
 
@@ -114,12 +112,10 @@ class Usage:
         return None if self.waits else "DOES NOT WAIT, OR WAITS FOR NOTHING"
 
 
-def waits_first(ptx: str, prefetching: bool) -> bool:
+def waits_first(ptx: str) -> bool:
     """Whether memory is touched only after waiting for the kernel before."""
     before, wait, _ = ptx.partition("griddepcontrol.wait")
-    touched = {match[0].partition(".")[0] for match in MEMORY.finditer(before)}
-    reads = {"ld"} if prefetching and "prefetch.global" in before else set()
-    return bool(wait) and touched <= reads
+    return bool(wait) and not MEMORY.search(before)
 
 
 def registers_of(binary) -> tuple[int, int]:

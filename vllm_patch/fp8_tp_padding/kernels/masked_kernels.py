@@ -88,18 +88,6 @@ def _per_pair(values, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(ptrs):
-    """Have these lines of 128 bytes on their way to L2 while a kernel waits."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        *("=r,l", [ptrs]),
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _count(
     chunk,
     topk_ids_ptr,
@@ -297,7 +285,7 @@ def gate_up_kernel(
     Grid: ``blocks of pairs * SPLITS * tiles of the span that hold real columns``. Each
     of several ``SPLITS`` takes a part of ``K`` and writes its part of both products.
     """
-    if USE_PDL and SORTED:
+    if USE_PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     FIRST: tl.constexpr = LEAD // BLOCK_N
@@ -315,6 +303,9 @@ def gate_up_kernel(
         SORTED,
         EXPERTS,
     )
+    if expert < 0:
+        return
+
     tile = FIRST + pid % TILES
     offset = tile * BLOCK_N - LEAD
     token = (pair // TOP_K).to(tl.int64)
@@ -326,25 +317,15 @@ def gate_up_kernel(
     row += offset
     real_row = (row >= 0) & (row < SIZE)
     row += is_up * SIZE
-    row_ptrs = w13_ptr + tl.maximum(expert, 0) * (2 * SIZE * K) + row * K
-    split = pid // TILES % SPLITS
-    FIRST_BLOCK = split * (K_BLOCKS // SPLITS)
-    if USE_PDL and not SORTED:
-        # Ids and weights were there before the kernel that this one waits for.
-        for block in range(FIRST_BLOCK, FIRST_BLOCK + K_BLOCKS // SPLITS):
-            _prefetch(tl.where(real_row, row_ptrs, w13_ptr) + block * BLOCK)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if expert < 0:
-        return
-
-    w_ptrs = row_ptrs[:, None] + k[None, :]
+    w_ptrs = w13_ptr + expert * (2 * SIZE * K) + row[:, None] * K + k[None, :]
     group = tile * BLOCK_N // BLOCK
     gate_scale_ptr = w13_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
     up_scale_ptr = gate_scale_ptr + NUM_BLOCKS * K_BLOCKS
     gate = _zeros(BLOCK_M, BLOCK_N, SWAP)
     up = gate
     zeros = _zeros(BLOCK_M, 2 * BLOCK_N, SWAP)
+    split = pid // TILES % SPLITS
+    FIRST_BLOCK = split * (K_BLOCKS // SPLITS)
     for first in tl.range(0, K_BLOCKS // SPLITS, UNROLL, num_stages=NUM_STAGES):
         for i in tl.static_range(UNROLL):
             block = FIRST_BLOCK + first + i
@@ -576,6 +557,9 @@ def down_and_sum_kernel(
     tokens come from L2. The token's slots are the rows of one operand; the
     product with a slot's expert counts in that slot's row only.
     """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_tokens = tl.num_programs(0) // (K // BLOCK_N)
     token = tl.program_id(0) % num_tokens
     start = tl.program_id(0) // num_tokens * BLOCK_N
@@ -583,15 +567,6 @@ def down_and_sum_kernel(
     pair = token * TOP_K + slot
     ids = tl.load(topk_ids_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
     is_pair = _expert_of(ids, EXPERTS) >= 0
-    row = start + tl.arange(0, BLOCK_N)
-    if USE_PDL:
-        # Ids and weights were there before the kernel that this one waits for.
-        all_ids = tl.load(topk_ids_ptr + token * TOP_K + slot % TOP_K).to(tl.int32)
-        experts = tl.maximum(_expert_of(all_ids, EXPERTS), 0).to(tl.int64)
-        for column in tl.static_range(0, SIZE, BLOCK):
-            _prefetch(w2_ptr + (experts[:, None] * K + row[None, :]) * SIZE + column)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
@@ -599,6 +574,7 @@ def down_and_sum_kernel(
         *(h_ptr, pair, is_pair, num_tokens * TOP_K, weight),
         *(out_ptr.dtype.element_ty, SIZE, LEAD, NUM_BLOCKS, SPLITS),
     )
+    row = start + tl.arange(0, BLOCK_N)
     out = _zeros(ROWS, BLOCK_N, SWAP)
     for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
         routed = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)

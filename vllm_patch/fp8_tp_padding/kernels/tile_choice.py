@@ -39,11 +39,11 @@ def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
     Below one, experts are read about once without sorting. Further up a block
     should hold an expert's pairs, so that its weights are read once.
     """
-    if pairs_per_expert < 0.125:
-        if not hopper:
-            return PairTiles(Tile(32, 4, 3), _narrow(hopper, 5))
-        gate_up = Tile(32, 4, 5, swap=True)
-        return PairTiles(gate_up, _narrow(hopper, 8), gate_up_splits=4, pdl=True)
+    if pairs_per_expert < 0.125 and not hopper:
+        return PairTiles(Tile(32, 4, 3), _narrow(hopper, 5))
+    if pairs_per_expert < 0.5 and hopper:
+        splits = 4 if pairs_per_expert < 0.125 else 2
+        return PairTiles(Tile(32, 4, 4, swap=True), _narrow(hopper, 8), splits, pdl=True)
     if pairs_per_expert < 1:
         return PairTiles(_narrow(hopper, 4), _narrow(hopper, 4))
     if pairs_per_expert < 8:
