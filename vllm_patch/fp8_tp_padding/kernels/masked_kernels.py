@@ -14,7 +14,7 @@ A *pair* is one (token, top-k slot): pair ``p`` belongs to token ``p // top_k``.
 from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
-from .fp8_quant import codes_of, quantize_rows, scale_of
+from .fp8_quant import quantize_rows
 
 BLOCK = tl.constexpr(fp8_quant.BLOCK)
 HALF = tl.constexpr(fp8_quant.BLOCK // 2)
@@ -259,7 +259,7 @@ def gate_up_kernel(
     x_scale_ptr,  # [num_tokens, K // 128] fp32
     w13_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
     w13_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
-    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, or [SPLITS, 2, num_pairs, SIZE] fp32, out
+    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out; split: see ``_load_parts``
     sorted_pairs_ptr,
     block_experts_ptr,
     num_blocks_ptr,
@@ -359,9 +359,9 @@ def gate_up_kernel(
 def _real_columns(block: tl.constexpr, SIZE: tl.constexpr, LEAD: tl.constexpr):
     """Columns of the store that a quant block has, the half without any left out."""
     first: tl.constexpr = block * BLOCK
-    if LEAD >= first + HALF:
+    if first + HALF <= LEAD:
         return tl.arange(0, HALF) + (first + HALF - LEAD)
-    elif LEAD + SIZE <= first + HALF:
+    elif first + HALF >= LEAD + SIZE:
         return tl.arange(0, HALF) + (first - LEAD)
     else:
         return tl.arange(0, BLOCK) + (first - LEAD)
@@ -389,7 +389,7 @@ def _load_parts(
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """What gate and up would have written, had they not been split along K."""
+    """What gate and up would have written, from ``[SPLITS, 2, num_pairs, SIZE]`` fp32."""
     gate = tl.zeros([pair.shape[0], column.shape[0]], tl.float32)
     up = gate
     row_ptrs = h_ptr + pair * SIZE

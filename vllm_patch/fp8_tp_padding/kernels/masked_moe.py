@@ -249,7 +249,11 @@ class PairPlan(_Plan):
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        nothing = {"counts_ptr": None, "placed_ptr": None, "EXPERTS": 0, "BINS": 0, "CHUNK": 0}
+        nothing = {"counts_ptr": None, "placed_ptr": None} | {
+            "EXPERTS": 0,
+            "BINS": 0,
+            "CHUNK": 0,
+        }
         unsorted = {f"{name}_ptr": None for name in PLACES} | {"SORTED": False}
         return [
             self._prepare(chunks=0, **nothing),

@@ -43,7 +43,8 @@ def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
         return PairTiles(Tile(32, 4, 3), _narrow(hopper, 5))
     if pairs_per_expert < 0.5 and hopper:
         splits = 4 if pairs_per_expert < 0.125 else 2
-        return PairTiles(Tile(32, 4, 4, swap=True), _narrow(hopper, 8), splits, pdl=True)
+        gate_up = Tile(32, 4, 4, swap=True)
+        return PairTiles(gate_up, _narrow(hopper, 8), splits, pdl=True)
     if pairs_per_expert < 1:
         return PairTiles(_narrow(hopper, 4), _narrow(hopper, 4))
     if pairs_per_expert < 8:
