@@ -15,6 +15,7 @@ from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
 from .fp8_quant import codes_of, quantize_rows, scale_of
+from .masked_activation import activated
 
 BLOCK = tl.constexpr(fp8_quant.BLOCK)
 HALF = tl.constexpr(fp8_quant.BLOCK // 2)
@@ -239,9 +240,13 @@ def gate_up_kernel(
     SWAP: tl.constexpr,
     SORTED: tl.constexpr,
     UNROLL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """``silu(x @ gate.T) * (x @ up.T)`` for one block of pairs and BLOCK_N columns.
+    """``activated(x @ gate.T, x @ up.T)`` for one block of pairs and BLOCK_N columns.
 
     Grid: ``blocks of pairs * tiles of the span that hold real columns``.
     """
@@ -297,7 +302,7 @@ def gate_up_kernel(
     if SWAP:
         gate = tl.trans(gate)
         up = tl.trans(up)
-    h = gate * tl.sigmoid(gate) * up
+    h = activated(gate, up, ACTIVATION, LIMIT, ALPHA, BETA)
     where = pair.to(tl.int64)[:, None] * SIZE + column[None, :]
     mask = is_pair[:, None] & real[None, :]
     tl.store(h_ptr + where, h.to(h_ptr.dtype.element_ty), mask=mask)

@@ -21,6 +21,7 @@ from ..slices.shard import BlockShard
 from .dependent_launch import dependent_launch
 from .fp8_quant import BLOCK, FP8
 from .launches import Launch, Launches
+from .masked_activation import Activation
 from .masked_kernels import (
     down_and_sum_kernel,
     down_kernel,
@@ -54,6 +55,7 @@ class Problem:
         shard: The rank's intermediate columns.
         dtype: Of the activations.
         mul_weight: Whether to weight the experts' outputs.
+        activation: Of gate and up.
 
     """
 
@@ -64,6 +66,7 @@ class Problem:
     shard: BlockShard
     dtype: torch.dtype
     mul_weight: bool = True
+    activation: Activation = Activation()
 
     @property
     def num_pairs(self) -> int:
@@ -219,6 +222,7 @@ class _Plan:
                 "TOP_K": problem.top_k,
                 "BLOCK_M": block_m,
                 "UNROLL": tile.unroll,
+                **problem.activation.constants,
                 **sorting,
                 **tile.launch_options,
                 **self._geometry,
