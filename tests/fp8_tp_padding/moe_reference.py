@@ -11,7 +11,7 @@ import torch
 from vllm.model_executor.layers import activation as native
 
 from .exact import FP8, FP8_MAX
-from .experts import BLOCK, Checkpoint
+from .experts import BLOCK, Checkpoint, ungated, vllm_version
 
 # float32 rounds by this, relative to the value.
 ROUNDING = 2.0**-24
@@ -30,18 +30,20 @@ SUM = 256 * ROUNDING
 
 @dataclass(frozen=True)
 class Activation:
-    """What experts may compute of gate and up.
+    """What experts may compute of gate and up, or of one projection.
 
     Attributes:
         compute: vLLM's own way in torch, of ``[gate and up]``.
         kwargs: How vLLM's factory is asked for it.
         bend: Factor of the activations of ``exact``, for gates where it bends.
+        gated: Whether there are gate and up.
 
     """
 
     compute: Callable[[torch.Tensor], torch.Tensor]
     kwargs: dict[str, str | float]
     bend: float = 1.0
+    gated: bool = True
 
 
 def of_layer(name: str, **attributes) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -79,6 +81,9 @@ ACTIVATIONS = {
         bend=0.25,
     ),
 }
+if vllm_version() >= (0, 28):
+    compute = of_layer("ReLUSquaredActivation")
+    ACTIVATIONS["relu2"] = Activation(compute, ungated(), gated=False)
 
 
 def scale_of(x: torch.Tensor) -> torch.Tensor:
@@ -174,8 +179,9 @@ def reference(
     """
     count = checkpoint.weights["w1"].shape[0]
     biases = biases or dict.fromkeys(("w1", "w3", "w2"), torch.zeros(count, 1))
-    gate, up, down = (
-        checkpoint.dequantized(shard, torch.float64) for shard in ("w1", "w3", "w2")
+    gate_up = [shard for shard in ("w1", "w3") if shard in checkpoint.weights]
+    *first, down = (
+        checkpoint.dequantized(shard, torch.float64) for shard in (*gate_up, "w2")
     )
     x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1).double()
     size = total // tp_size
@@ -185,10 +191,13 @@ def reference(
         if expert < 0:
             continue
         bias = {shard: biases[shard][expert].double() for shard in biases}
-        g, of_gate = product(gate[expert], x[token])
-        u, of_up = product(up[expert], x[token])
-        g, u = g + bias["w1"], u + bias["w3"]
-        hidden, error = activated(g, u, of_gate, of_up, ACTIVATIONS[activation].compute)
+        parts, rounded = zip(
+            *(product(weight[expert], x[token]) for weight in first), strict=True
+        )
+        parts = [y + bias[shard] for shard, y in zip(gate_up, parts, strict=True)]
+        hidden, error = activated(
+            torch.cat(parts), torch.cat(rounded), ACTIVATIONS[activation].compute
+        )
         out.value[token] += factor * bias["w2"]
         out.size[token] += factor * bias["w2"].abs()
         for rank in range(tp_size) if ranks is None else ranks:
@@ -205,17 +214,14 @@ def reference(
 
 
 def activated(
-    gate: torch.Tensor,
-    up: torch.Tensor,
-    of_gate: torch.Tensor,
-    of_up: torch.Tensor,
+    gate_up: torch.Tensor,
+    rounded: torch.Tensor,
     compute: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a result, and what float32 rounds of gate and up makes of it."""
-    both = torch.cat([gate, up]).requires_grad_()
-    hidden = compute(both)
-    (slopes,) = torch.autograd.grad(hidden.sum(), both)
-    error = (slopes.abs() * torch.cat([of_gate, of_up])).unflatten(0, (2, -1)).sum(0)
+    """Return what is computed, and what inputs that are so ``rounded`` change."""
+    hidden = compute(gate_up.requires_grad_())
+    (slopes,) = torch.autograd.grad(hidden.sum(), gate_up)
+    error = (slopes.abs() * rounded).unflatten(0, (-1, len(hidden))).sum(0)
     return hidden.detach(), error
 
 

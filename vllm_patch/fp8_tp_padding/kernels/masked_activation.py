@@ -23,7 +23,7 @@ class Activation:
     """What ``activated`` computes.
 
     Attributes:
-        kind: ``silu``, ``swiglustep`` or ``gelu_tanh``.
+        kind: ``silu``, ``swiglustep``, ``gelu_tanh``, or ``relu2`` of gate alone.
         limit: What ``silu`` and ``swiglustep`` clamp to; None does not clamp.
         alpha: Factor of the sigmoid's argument in ``silu``.
         beta: What ``silu`` adds to up.
@@ -48,12 +48,20 @@ class Activation:
             return cls("swiglustep", STEP_LIMIT)
         if moe.activation == MoEActivation.GELU_TANH:
             return cls("gelu_tanh")
+        if moe.activation == MoEActivation.RELU2_NO_MUL:
+            return cls("relu2")
         return None
+
+    @property
+    def shards(self) -> int:
+        """Projections that it takes: gate and up, or one."""
+        return 1 if self.kind == "relu2" else 2
 
     @property
     def constants(self) -> dict[str, str | float | None]:
         """Constants of the kernel that calls ``activated``."""
         return {
+            "SHARDS": self.shards,
             "ACTIVATION": self.kind,
             "LIMIT": self.limit,
             "ALPHA": self.alpha,
@@ -70,11 +78,17 @@ def activated(
     ALPHA: tl.constexpr,
     BETA: tl.constexpr,
 ):
-    """Return the input of down, from fp32 gate and up. It is 0 where both are."""
+    """Return the input of down, from fp32 gate and up. It is 0 where both are.
+
+    Where there is no up, ``gate`` is the only projection.
+    """
     if ACTIVATION == "gelu_tanh":
         # (1 + tanh(z)) / 2 is sigmoid(2 * z), which does not cancel.
         z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         return gate * tl.sigmoid(2 * z) * up
+    elif ACTIVATION == "relu2":
+        relu = tl.maximum(gate, 0.0)
+        return relu * relu
     elif ACTIVATION == "swiglustep":
         silu = gate * tl.sigmoid(gate)
         return tl.minimum(silu, LIMIT) * tl.clamp(up, -LIMIT, LIMIT)

@@ -220,8 +220,8 @@ def _block_of_pairs(
 def gate_up_kernel(
     x_codes_ptr,  # [num_tokens, K] fp8
     x_scale_ptr,  # [num_tokens, K // 128] fp32
-    w13_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
-    w13_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
+    w13_ptr,  # [experts, SHARDS * SIZE, K] fp8: gate rows, then up rows
+    w13_scale_ptr,  # [experts, SHARDS * NUM_BLOCKS, K // 128] fp32
     h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out
     sorted_pairs_ptr,
     block_experts_ptr,
@@ -240,6 +240,7 @@ def gate_up_kernel(
     SWAP: tl.constexpr,
     SORTED: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARDS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -248,7 +249,8 @@ def gate_up_kernel(
 ):
     """``activated(x @ gate.T, x @ up.T)`` for one block of pairs and BLOCK_N columns.
 
-    Grid: ``blocks of pairs * tiles of the span that hold real columns``.
+    Grid: ``blocks of pairs * tiles of the span that hold real columns``. There is no
+    up if ``SHARDS`` is 1.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
@@ -279,9 +281,11 @@ def gate_up_kernel(
     k = tl.arange(0, BLOCK)
     x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
     x_scale_ptrs = x_scale_ptr + token * K_BLOCKS
-    gate_ptrs = w13_ptr + expert * (2 * SIZE * K) + column[:, None] * K + k[None, :]
+    gate_ptrs = (
+        w13_ptr + expert * (SHARDS * SIZE * K) + column[:, None] * K + k[None, :]
+    )
     group = tile * BLOCK_N // BLOCK
-    gate_scale_ptr = w13_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
+    gate_scale_ptr = w13_scale_ptr + (expert * SHARDS * NUM_BLOCKS + group) * K_BLOCKS
     zeros = _zeros(BLOCK_M, BLOCK_N, SWAP)
     gate = zeros
     up = zeros
@@ -290,14 +294,19 @@ def gate_up_kernel(
             block = first + i
             x = tl.load(x_ptrs + block * BLOCK, mask=is_pair[:, None], other=0.0)
             gate_w = tl.load(gate_ptrs + block * BLOCK, mask=real[:, None], other=0.0)
-            up_w = tl.load(
-                gate_ptrs + SIZE * K + block * BLOCK, mask=real[:, None], other=0.0
-            )
+            if SHARDS == 2:
+                up_w = tl.load(
+                    gate_ptrs + SIZE * K + block * BLOCK, mask=real[:, None], other=0.0
+                )
             x_scale = tl.load(x_scale_ptrs + block, mask=is_pair, other=0.0)
             gate_scale = x_scale * tl.load(gate_scale_ptr + block)
-            up_scale = x_scale * tl.load(gate_scale_ptr + NUM_BLOCKS * K_BLOCKS + block)
+            if SHARDS == 2:
+                up_scale = x_scale * tl.load(
+                    gate_scale_ptr + NUM_BLOCKS * K_BLOCKS + block
+                )
             gate += _dot(x, gate_w, zeros, SWAP) * _per_pair(gate_scale, SWAP)
-            up += _dot(x, up_w, zeros, SWAP) * _per_pair(up_scale, SWAP)
+            if SHARDS == 2:
+                up += _dot(x, up_w, zeros, SWAP) * _per_pair(up_scale, SWAP)
 
     if SWAP:
         gate = tl.trans(gate)

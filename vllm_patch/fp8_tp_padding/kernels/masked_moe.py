@@ -78,7 +78,8 @@ class Weights:
     """One rank's experts, compact.
 
     Attributes:
-        w13: ``[experts, 2 * size, hidden]`` float8_e4m3fn, gate rows then up rows.
+        w13: ``[experts, 2 * size, hidden]`` float8_e4m3fn, gate rows then up rows; or
+            ``[experts, size, hidden]``, with scales likewise, where there is no gate.
         w2: ``[experts, hidden, size]`` float8_e4m3fn.
         w13_scale: ``[experts, 2 * num_blocks, hidden / 128]`` float32.
         w2_scale: ``[experts, hidden / 128, num_blocks]`` float32.
