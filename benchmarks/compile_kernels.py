@@ -4,7 +4,8 @@
 
 Launches them on tensors without memory, and takes down what Triton would compile: the
 tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts inside a
-quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. Fails where a kernel
+quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. The rule's largest
+tiles, which leave the fewest registers, come with each activation. Fails where a kernel
 needs more shared memory than a block of the GPU has, or where one that starts while the
 kernel before it ends touches memory before it waits for that one.
 """
@@ -41,6 +42,9 @@ from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     tuned_tiles,
 )
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK, FP8  # noqa: E402
+from vllm_patch.fp8_tp_padding.kernels.masked_activation import (  # noqa: E402
+    Activation,
+)
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles  # noqa: E402
 from vllm_patch.fp8_tp_padding.slices.shard import block_shard  # noqa: E402
 from vllm_patch.fp8_tp_padding.slices.window import Window  # noqa: E402
@@ -49,6 +53,14 @@ SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Instructions that touch memory of other kernels.
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
+SILU, LARGEST = Activation(), "rule, 256 pairs"
+ACTIVATIONS = {
+    "DeepSeek-V4": Activation("silu", 10.0),
+    "MiniMax-M3": Activation("silu", 7.0, 1.702, 1.0),
+    "Step-3.5": Activation("swiglustep", 7.0),
+    "Gemma 4": Activation("gelu_tanh"),
+    "Nemotron-H": Activation("relu2"),
+}
 
 
 def compile_for(arch: int) -> None:
@@ -144,10 +156,11 @@ def launched(arch: int, call: Callable[[], None]) -> list[Job]:
     return found
 
 
-def launch_experts(tiles: Tiles, tokens: int) -> None:
+def launch_experts(tiles: Tiles, tokens: int, activation: Activation = SILU) -> None:
     shard = block_shard(1536, BLOCK, 1, 8)
     sizes = tokens, TOP_K, HIDDEN, EXPERTS, shard, torch.bfloat16
-    plan = masked_moe.plan_for(masked_moe.Problem(*sizes), tiles.fit(HIDDEN))
+    problem = masked_moe.Problem(*sizes, activation=activation)
+    plan = masked_moe.plan_for(problem, tiles.fit(HIDDEN))
     x, codes, scale, ids = (
         torch.empty(1, dtype=dtype, device="meta")
         for dtype in (torch.bfloat16, FP8, torch.float32, torch.int32)
@@ -192,6 +205,10 @@ def jobs(arch: int) -> dict[Job, str]:
         call = functools.partial(launch_experts, tiles, tokens)
         for job in launched(arch, call):
             found.setdefault(job, origin)
+        for model, activation in ACTIVATIONS.items() if origin == LARGEST else ():
+            call = functools.partial(launch_experts, tiles, tokens, activation)
+            for job in launched(arch, call):
+                found.setdefault(job, f"{origin}, {model}")
     for job in launched(arch, functools.partial(launch_linear_layers, arch)):
         found[job] = "linear layers"
     return found

@@ -19,6 +19,8 @@ class Case:
         why: What the case is for.
         rank: The rank that is timed.
         has_bars: Whether the bars were set for this case.
+        activation: What experts compute of gate and up, as vLLM calls it.
+        swiglu_limit: What ``silu`` clamps gate and up to, if it does.
 
     """
 
@@ -31,6 +33,8 @@ class Case:
     why: str
     rank: int = 1
     has_bars: bool = False
+    activation: str = "silu"
+    swiglu_limit: float | None = None
 
     @property
     def shard(self) -> Part:
@@ -75,5 +79,20 @@ CASES = (
     Case(
         *("GLM-4.5-Air-TP8", 128, 8, 4096, 1408, 8),
         why="176 columns from 48: no power of two divides the shard; cannot be refined",
+    ),
+    Case(
+        *("Step-3.5-Flash-TP8", 288, 8, 4096, 1280, 8),
+        why="160 columns, and the activation of its last layers, clamped after SiLU",
+        activation="swiglustep",
+    ),
+    Case(
+        *("Gemma-4-26B-A4B-TP4", 128, 8, 2816, 704, 4),
+        why="176 columns, and GELU",
+        activation="gelu_tanh",
+    ),
+    Case(
+        *("DeepSeek-V4-Pro-TP16", 384, 6, 7168, 3072, 16),
+        why="192 columns, and an activation that is clamped before SiLU",
+        swiglu_limit=10.0,
     ),
 )

@@ -19,6 +19,9 @@ from benchmarks.quantized import (
     random_scales,
 )
 
+# Of ``swiglustep`` in vLLM's Triton experts.
+STEP_LIMIT = 7.0
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -55,32 +58,38 @@ class Routing:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Where a kernel rounds, besides its FP8 weights.
+    """What a kernel computes, and where it rounds, besides its FP8 weights.
 
     Attributes:
+        activation: Of the case.
+        limit: ``swiglu_limit`` of the case.
         gate_up: It keeps their products in bfloat16.
-        silu: It rounds ``silu(gate)`` to bfloat16 before it multiplies by up.
+        silu: It rounds the activated gate to bfloat16 before it multiplies by up.
         h: It keeps the product in bfloat16.
         powers_of_two: It rounds the scales of activations up to powers of two, as
             vLLM's Triton experts do where DeepGEMM is on.
 
     """
 
+    activation: str
+    limit: float | None
     gate_up: bool
     silu: bool
     h: bool
     powers_of_two: bool
 
     @classmethod
-    def ours(cls) -> "Arithmetic":
-        return cls(gate_up=False, silu=False, h=True, powers_of_two=False)
+    def ours(cls, case: Case) -> "Arithmetic":
+        what = case.activation, case.swiglu_limit
+        return cls(*what, gate_up=False, silu=False, h=True, powers_of_two=False)
 
     @classmethod
-    def stock(cls, block: int, device: torch.device) -> "Arithmetic":
+    def stock(cls, case: Case, block: int, device: torch.device) -> "Arithmetic":
         rounds = _rounds_scales(device)
+        what = case.activation, case.swiglu_limit
         # Else vLLM multiplies and quantizes in one kernel, in float32.
-        apart = rounds or block != BLOCK
-        return cls(gate_up=True, silu=apart, h=apart, powers_of_two=rounds)
+        apart = rounds or block != BLOCK or what != ("silu", None)
+        return cls(*what, gate_up=True, silu=apart, h=apart, powers_of_two=rounds)
 
     def __str__(self) -> str:
         return "powers of two" if self.powers_of_two else "exact"
@@ -92,9 +101,22 @@ class Arithmetic:
     def intermediate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         if self.gate_up:
             gate, up = gate.bfloat16().float(), up.bfloat16().float()
-        silu = torch.nn.functional.silu(gate)
-        h = (silu.bfloat16().float() if self.silu else silu) * up
+        active, up = self.activated(gate, up)
+        h = (active.bfloat16().float() if self.silu else active) * up
         return h.bfloat16().float() if self.h else h
+
+    def activated(
+        self, gate: torch.Tensor, up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the two factors of the intermediate."""
+        if self.activation == "gelu_tanh":
+            return torch.nn.functional.gelu(gate, approximate="tanh"), up
+        silu = torch.nn.functional.silu
+        if self.activation == "swiglustep":
+            return silu(gate).clamp(max=STEP_LIMIT), up.clamp(-STEP_LIMIT, STEP_LIMIT)
+        if self.limit is None:
+            return silu(gate), up
+        return silu(gate.clamp(max=self.limit)), up.clamp(-self.limit, self.limit)
 
 
 def _rounds_scales(device: torch.device) -> bool:
@@ -251,7 +273,9 @@ class Layer:
         assert stock == what.is_stock, f"{what} got {type(method).__name__}"
         assert stock or type(method.store).__name__ == "Compact", method.store
         self.arithmetic = (
-            Arithmetic.stock(self.weights.block, device) if stock else Arithmetic.ours()
+            Arithmetic.stock(case, self.weights.block, device)
+            if stock
+            else Arithmetic.ours(case)
         )
 
     def rank(self):
@@ -291,6 +315,8 @@ def _routed_experts(
         dp_size=1,
         pcp_size=1,
         prefix="model.layers.0.mlp.experts",
+        activation=case.activation,
+        swiglu_limit=case.swiglu_limit,
     )
     # vLLM keeps layers by name, and refuses a name that it knows.
     get_current_vllm_config().compilation_config.static_forward_context.clear()

@@ -16,6 +16,7 @@ from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
 from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
 from benchmarks.run import Rows
 from tests.formats.configs import FORMATS
+from tests.fp8_tp_padding.moe_reference import ACTIVATIONS
 
 # 192 columns per rank, the second one from half a block on. With one block of hidden
 # columns, scales would make a rank's first block count next to nothing.
@@ -35,6 +36,27 @@ def test_the_plugins_layer_passes(check, monkeypatch, tokens):
     """Pair by pair, and sorted."""
     monkeypatch.setattr(moe, "AVERAGED_TOKENS", 2)
     assert check(tokens) == 0
+
+
+@pytest.mark.parametrize(
+    "what", [{"activation": "gelu_tanh"}, {"swiglu_limit": 1.0}], ids=str
+)
+def test_an_activation_passes_and_another_does_not(check, monkeypatch, what):
+    monkeypatch.setattr(moe, "AVERAGED_TOKENS", 8)
+    monkeypatch.setattr(moe, "CASES", [replace(CASE, **what)])
+    assert check(8, "--columns", "ours") == 0
+    make = moe_layers._routed_experts
+    monkeypatch.setattr(moe_layers, "_routed_experts", lambda _, *a: make(CASE, *a))
+    assert check(8, "--columns", "ours") == 1
+
+
+@pytest.mark.parametrize("name", ["silu", "clamped", "swiglustep", "gelu_tanh"])
+def test_the_reference_activates_as_vllm_does(name):
+    activation = ACTIVATIONS[name]
+    gate, up = 9 * torch.randn(2, 999, dtype=torch.float64)
+    factors = Arithmetic.ours(replace(CASE, **activation.kwargs)).activated(gate, up)
+    expected = activation.compute(torch.cat([gate, up]))
+    torch.testing.assert_close(torch.mul(*factors), expected)
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors", "quark"])
@@ -124,7 +146,7 @@ def test_the_reference_counts_columns_from_the_lead():
     routing = Routing(
         torch.rand(3, 1, generator=generator), torch.tensor([[0], [1]] + [[1]])
     )
-    rounding = Arithmetic.ours()
+    rounding = Arithmetic.ours(CASE)
     expected = whole.reference(x, routing, rounding)
     # The same numbers and zeros, summed in another order: a code may flip.
     error = worst_token(compact.reference(x, routing, rounding), expected)

@@ -43,8 +43,8 @@ class Checkpoint:
         return cls(weights, scales)
 
     @classmethod
-    def exact(cls, total: int, experts: int, hidden: int, numbers=exact):
-        """Return gated experts whose sums are exact in float32.
+    def exact(cls, total: int, experts: int, hidden: int, numbers=exact, gated=True):
+        """Return experts whose sums are exact in float32.
 
         Args:
             total: Intermediate size of one expert.
@@ -52,10 +52,13 @@ class Checkpoint:
             hidden: Hidden size.
             numbers: What draws them: ``exact``, or ``exact.AnyScale``, whose sums are
                 exact within a quant block only.
+            gated: Whether there are gate and up.
 
         """
         generator = torch.Generator().manual_seed(0)
         shapes = {"w1": (total, hidden), "w3": (total, hidden), "w2": (hidden, total)}
+        if not gated:
+            del shapes["w3"]
         pairs = {
             shard: (
                 numbers.weights(experts, *shape, generator=generator),
@@ -98,6 +101,13 @@ def vllm_version() -> tuple[int, int]:
     import vllm
 
     return tuple(int(part) for part in vllm.__version__.split(".")[:2])
+
+
+def ungated() -> dict:
+    """What makes experts of one projection, which are in FP8 blocks from 0.28."""
+    none = None if vllm_version() >= (0, 32) else ""
+    names = ("up_proj", "down_proj", none)
+    return {"activation": "relu2_no_mul", "ckpt_names": names}
 
 
 def build(*args, **kwargs):

@@ -2,18 +2,22 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """All experts in float32, the readable way, and how far a kernel may be from it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
+from vllm.model_executor.layers import activation as native
+
 from .exact import FP8, FP8_MAX
-from .experts import BLOCK, Checkpoint
+from .experts import BLOCK, Checkpoint, ungated, vllm_version
 
 # float32 rounds by this, relative to the value.
 ROUNDING = 2.0**-24
 # SiLU, whose exponential each library rounds in its own way, and the scale of the
-# group add about 20 roundings to an intermediate value. Where that makes another code
-# of it, either is right.
+# group add about 20 roundings to an intermediate value; GELU, no more. Where that makes
+# another code of it, either is right.
 TIE = 32 * ROUNDING
 # Gate and up sum whole numbers within a group, exactly; what a group's sum is
 # multiplied by, and the sum over groups, round this much of the groups' sizes.
@@ -22,6 +26,64 @@ GROUPS = 8 * ROUNDING
 # each multiplied by such a scale and a router's weight: in any order, that rounds by
 # no more than this times the sum of the terms' sizes.
 SUM = 256 * ROUNDING
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What experts may compute of gate and up, or of one projection.
+
+    Attributes:
+        compute: vLLM's own way in torch, of ``[gate and up]``.
+        kwargs: How vLLM's factory is asked for it.
+        bend: Factor of the activations of ``exact``, for gates where it bends.
+        gated: Whether there are gate and up.
+
+    """
+
+    compute: Callable[[torch.Tensor], torch.Tensor]
+    kwargs: dict[str, str | float]
+    bend: float = 1.0
+    gated: bool = True
+
+
+def of_layer(name: str, **attributes) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what an activation layer of vLLM computes, which no CPU can make."""
+    layer, forward = SimpleNamespace(**attributes), getattr(native, name).forward_native
+    return lambda x: forward(layer, x)
+
+
+# Four times the activations of ``exact`` make about every second gate exceed it, and
+# every third the 7 that SWIGLUSTEP has in vLLM's Triton experts.
+LIMIT = 4.0
+ACTIVATIONS = {
+    "silu": Activation(native.SiluAndMul.forward_native, {}),
+    "clamped": Activation(
+        of_layer("SiluAndMulWithClamp", swiglu_limit=LIMIT, alpha=1.0, beta=0.0),
+        {"swiglu_limit": LIMIT},
+        bend=4.0,
+    ),
+    "swigluoai": Activation(
+        of_layer("SiluAndMulWithClamp", swiglu_limit=LIMIT, alpha=1.702, beta=1.0),
+        {
+            "activation": "swigluoai_uninterleave",
+            "swiglu_limit": LIMIT,
+            "swiglu_alpha": 1.702,
+            "swiglu_beta": 1.0,
+        },
+        bend=4.0,
+    ),
+    "swiglustep": Activation(
+        of_layer("SwigluStepAndMul", limit=7.0), {"activation": "swiglustep"}, bend=4.0
+    ),
+    "gelu_tanh": Activation(
+        of_layer("GeluAndMul", approximate="tanh"),
+        {"activation": "gelu_tanh"},
+        bend=0.25,
+    ),
+}
+if vllm_version() >= (0, 28):
+    compute = of_layer("ReLUSquaredActivation")
+    ACTIVATIONS["relu2"] = Activation(compute, ungated(), gated=False)
 
 
 def scale_of(x: torch.Tensor) -> torch.Tensor:
@@ -99,6 +161,7 @@ def reference(
     topk_ids: torch.Tensor,
     biases: dict[str, torch.Tensor] | None = None,
     ranks: list[int] | None = None,
+    activation: str = "silu",
 ) -> Expected:
     """Sum over ``ranks`` (default: all), activations quantized in their groups.
 
@@ -111,12 +174,14 @@ def reference(
         topk_ids: ``[tokens, top_k]``; slots below 0 count nothing.
         biases: ``[experts, size]`` of each shard.
         ranks: Whose part of the sum to return.
+        activation: A key of ``ACTIVATIONS``.
 
     """
     count = checkpoint.weights["w1"].shape[0]
     biases = biases or dict.fromkeys(("w1", "w3", "w2"), torch.zeros(count, 1))
-    gate, up, down = (
-        checkpoint.dequantized(shard, torch.float64) for shard in ("w1", "w3", "w2")
+    gate_up = [shard for shard in ("w1", "w3") if shard in checkpoint.weights]
+    *first, down = (
+        checkpoint.dequantized(shard, torch.float64) for shard in (*gate_up, "w2")
     )
     x = torch.cat([fake_quantize(g) for g in x.float().split(BLOCK, -1)], -1).double()
     size = total // tp_size
@@ -126,12 +191,13 @@ def reference(
         if expert < 0:
             continue
         bias = {shard: biases[shard][expert].double() for shard in biases}
-        g, of_gate = product(gate[expert], x[token])
-        u, of_up = product(up[expert], x[token])
-        g, u = g + bias["w1"], u + bias["w3"]
-        hidden = torch.nn.functional.silu(g) * u
-        # No slope of SiLU is larger than 1.1.
-        error = 1.1 * of_gate * u.abs() + torch.nn.functional.silu(g).abs() * of_up
+        parts, rounded = zip(
+            *(product(weight[expert], x[token]) for weight in first), strict=True
+        )
+        parts = [y + bias[shard] for shard, y in zip(gate_up, parts, strict=True)]
+        hidden, error = activated(
+            torch.cat(parts), torch.cat(rounded), ACTIVATIONS[activation].compute
+        )
         out.value[token] += factor * bias["w2"]
         out.size[token] += factor * bias["w2"].abs()
         for rank in range(tp_size) if ranks is None else ranks:
@@ -145,6 +211,18 @@ def reference(
                 out.tied += int((may_differ > 0).sum())
                 out.codes += len(may_differ)
     return out
+
+
+def activated(
+    gate_up: torch.Tensor,
+    rounded: torch.Tensor,
+    compute: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is computed, and what inputs that are so ``rounded`` change."""
+    hidden = compute(gate_up.requires_grad_())
+    (slopes,) = torch.autograd.grad(hidden.sum(), gate_up)
+    error = (slopes.abs() * rounded).unflatten(0, (-1, len(hidden))).sum(0)
+    return hidden.detach(), error
 
 
 def product(weight: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import masked_moe
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    masked_activation,
+    masked_moe,
+)
 from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels.tiles import (
     PairTiles,
     SortedTiles,
@@ -17,7 +20,7 @@ from vllm.model_executor.layers.quantization.fp8_tp_padding.methods.store import
 
 from . import exact, experts
 from .experts import Checkpoint, build, load
-from .moe_reference import reference, relative_error
+from .moe_reference import ACTIVATIONS, reference, relative_error
 from .tensor_parallel import runs_kernels
 from .test_moe_forward import share_of_stock_error
 
@@ -48,10 +51,9 @@ def tokens(count: int, skewed: bool = False):
     return x, weights, ids.to(torch.int32)
 
 
-def compact_layer(total, tp_size, rank, checkpoint):
-    layer = build(
-        total, tp_size, rank, experts=EXPERTS, hidden=HIDDEN, dtype=torch.float32
-    )
+def compact_layer(total, tp_size, rank, checkpoint, **kwargs):
+    sizes = {"experts": EXPERTS, "hidden": HIDDEN, "dtype": torch.float32}
+    layer = build(total, tp_size, rank, **sizes, **kwargs)
     assert layer.quant_method.store == Compact()
     experts.poison(layer)
     load(layer, checkpoint)
@@ -62,7 +64,9 @@ def compact_layer(total, tp_size, rank, checkpoint):
 def run(layer, tiles, x, weights, ids, shard=None):
     shard = shard or layer.quant_method.block_shard
     sizes = x.shape[0], ids.shape[1], HIDDEN, EXPERTS
-    plan = masked_moe.plan_for(masked_moe.Problem(*sizes, shard, x.dtype), tiles)
+    activation = masked_activation.Activation.of(layer.moe_config)
+    problem = masked_moe.Problem(*sizes, shard, x.dtype, activation=activation)
+    plan = masked_moe.plan_for(problem, tiles)
     workspace = torch.full((plan.workspace_bytes,), 0xFF, dtype=torch.uint8)
     out = torch.full_like(x, float("nan"))
     w13_scale, w2_scale = layer.w13_weight_scale_inv, layer.w2_weight_scale_inv
@@ -104,6 +108,20 @@ def test_codes_and_scales_of_any_value(path):
     x = exact.AnyScale.activations(3, HIDDEN)
     expected = reference(checkpoint, 384, 2, x, weights, ids, ranks=[1])
     expected.check(run(layer, PATHS[path], x, weights, ids))
+
+
+@pytest.mark.parametrize("path", ["pairs", "sorted, swapped"])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "silu"])
+def test_activations(name, path):
+    """On each of eight ranks, those that start inside a block first."""
+    activation = ACTIVATIONS[name]
+    checkpoint = Checkpoint.exact(640, EXPERTS, HIDDEN, gated=activation.gated)
+    x, *routed = tokens(3)
+    inputs = x * activation.bend, *routed
+    for rank in 1, 3, 5, 7, 0, 2, 4, 6:
+        layer = compact_layer(640, 8, rank, checkpoint, **activation.kwargs)
+        out = run(layer, PATHS[path], *inputs)
+        reference(checkpoint, 640, 8, *inputs, None, [rank], name).check(out)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -240,15 +240,7 @@ def test_experts_without_a_gate():
     if vllm_version() < (0, 28):
         pytest.skip("this release has no block-FP8 experts without a gate")
     checkpoint = Checkpoint.random(1536, gated=False)
-    layer = build(
-        1536,
-        8,
-        5,
-        activation="relu2_no_mul",
-        ckpt_names=("up_proj", "down_proj", None)
-        if vllm_version() >= (0, 32)
-        else ("up_proj", "down_proj", ""),
-    )
+    layer = build(1536, 8, 5, **experts.ungated())
     assert method_name(layer) == "CutFp8MoEMethod"
     poison(layer)
     load(layer, checkpoint)

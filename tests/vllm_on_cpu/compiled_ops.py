@@ -57,6 +57,24 @@ def _silu_and_mul(out, x):
 
 
 @_stands_in(
+    "silu_and_mul_with_clamp(Tensor(a!) result, Tensor input, float limit, "
+    "float alpha=1.0, float beta=0.0) -> ()"
+)
+def _silu_and_mul_with_clamp(out, x, limit, alpha=1.0, beta=0.0):
+    gate, up = x.float().chunk(2, -1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    silu = (gate * torch.sigmoid(alpha * gate)).to(x.dtype)
+    out.copy_(silu * (up + beta).to(x.dtype))
+
+
+@_stands_in("gelu_tanh_and_mul(Tensor(a!) out, Tensor input) -> ()")
+def _gelu_tanh_and_mul(out, x):
+    gate, up = x.chunk(2, -1)
+    gelu = torch.nn.functional.gelu(gate.float(), approximate="tanh")
+    out.copy_(gelu.to(x.dtype) * up)
+
+
+@_stands_in(
     "silu_and_mul_per_block_quant(Tensor(a!) out, Tensor input, Tensor(b!) scales, "
     "int group_size, Tensor? scale_ub=None, bool is_scale_transposed=False) -> ()"
 )

@@ -197,7 +197,7 @@ SHAPE = st.lists(
     bad_scale=st.one_of(st.none(), st.none(), SHAPE),
     fields=st.one_of(
         st.just({"head_dim": 64, "linear_num_key_heads": 1, "linear_key_head_dim": 64}),
-        changes(["head_dim", "num_attention_heads", "hidden_size", "swiglu_limits"]),
+        changes(["head_dim", "num_attention_heads", "hidden_size", "hidden_act"]),
     ),
     block=st.sampled_from([(128, 128), (128, 64), (8, 8), (64, 64)]),
     name=st.sampled_from([*FORMATS]),

@@ -11,6 +11,7 @@ from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, dequantize
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
 from vllm_patch.cli.check.layers import Layer, Layers
+from vllm_patch.cli.check.ours import ours
 from vllm_patch.cli.check.stock import (
     CPU,
     DEEP_GEMM,
@@ -71,7 +72,9 @@ def verdict(layer: Layer, tp: int, name: str, backend="auto") -> Verdict:
     setting = Setting(release, tp, "hopper", backend, name, (BLOCK, BLOCK))
     model = Layers()
     model.found[layer] = 1
-    return Verdict(model, {"hidden_act": "silu"}, setting)
+    gated = len(layer.outputs) > 1
+    text = {"hidden_act": "silu"} if gated else {"mlp_hidden_act": "relu2"}
+    return Verdict(model, text, setting)
 
 
 def scale_name(name: str) -> str:
@@ -187,13 +190,6 @@ def expert_cases():
         yield name, routed(640), 8, "triton"
 
 
-def ungated() -> dict:
-    """What makes experts of one projection instead of gate and up."""
-    none = None if experts.vllm_version() >= (0, 32) else ""
-    names = ("up_proj", "down_proj", none)
-    return {"activation": "relu2_no_mul", "ckpt_names": names}
-
-
 @pytest.mark.parametrize(
     ("format_name", "layer", "tp", "backend"),
     expert_cases(),
@@ -205,7 +201,7 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
 
     def make(rank):
         gated = len(layer.outputs) == 2
-        kwargs = {} if gated else ungated()
+        kwargs = {} if gated else experts.ungated()
         return experts.build(
             layer.outputs[0],
             tp,
@@ -244,6 +240,23 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
         if kind == "padded" and "up to" in row.ours.why:
             assert row.ours.why == method.store.because
         assert bytes_of(made) == row.bytes(rank, "ours")
+
+
+@pytest.mark.parametrize(
+    ("text", "kwargs"),
+    [
+        ({"hidden_activation": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),
+        ({"hidden_act": "gelu"}, {"activation": "gelu"}),
+        ({"hidden_act": "silu", "swiglu_limit": 7.0}, {"swiglu_limit": 7.0}),
+        ({"swiglu_limits": [0, 7.0]}, {"activation": "swiglustep"}),
+    ],
+)
+def test_activations(plugin, text, kwargs):
+    layer, setting = routed(1536), verdict(routed(1536), 8, "fp8").setting
+    store = experts.build(1536, 8, 1, hidden=HIDDEN, **kwargs).quant_method.store
+    found = ours(layer, setting, text)
+    assert found.kind == type(store).__name__.lower()
+    assert found.why == getattr(store, "because", "")
 
 
 @pytest.mark.parametrize("format_name", LINEAR_ONLY, indirect=True)

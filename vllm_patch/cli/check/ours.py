@@ -11,17 +11,20 @@ from vllm_patch.cli.check.stock import (
     BLOCK,
     CPU,
     LINEAR_ONLY,
+    SILU,
     TRITON,
     UNGATED,
     Setting,
-    computes_silu,
+    activation_of,
     since,
     unserved,
 )
 from vllm_patch.wrappers import MODES, OFF, VARIABLE
 
-# Blocks that masked kernels hold of one rank.
+# Blocks that masked kernels hold of one rank, and what they compute of gate and up, or
+# of one projection, as config.json calls it.
 MOST_BLOCKS = 4
+MASKED = {2: (*SILU, "gelu_pytorch_tanh"), 1: (None, "relu2")}
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,8 @@ def _why_padded(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | N
         return f"kernels of {setting.backend} take whole blocks"
     if block != BLOCK:
         return f"masked kernels take blocks of {BLOCK}, not {block}"
-    if not computes_silu(layer, text):
-        return "masked kernels compute SiLU and gate only"
-    limits = text.get("swiglu_limits") or [text.get("swiglu_limit")]
-    if not isinstance(limits, list) or any(limits):
-        return "masked kernels do not clamp the activation"
+    if (activation := activation_of(text)) not in MASKED[len(layer.outputs)]:
+        return f"masked kernels do not compute {activation}"
     if blocks > MOST_BLOCKS:
         return f"masked kernels take up to {MOST_BLOCKS} blocks a rank, not {blocks}"
     return None

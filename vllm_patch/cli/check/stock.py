@@ -115,10 +115,15 @@ class Answer:
 FINE = Answer("fine")
 
 
+def activation_of(text: dict[str, Any]) -> str | None:
+    """Return what experts compute, by the model's config.json; None if it says not."""
+    names = "hidden_act", "hidden_activation", "mlp_hidden_act"
+    return next((text[name] for name in names if text.get(name)), None)
+
+
 def computes_silu(layer: Layer, text: dict[str, Any]) -> bool:
-    """Return whether experts compute SiLU and gate, by the model's config.json."""
-    activation = text.get("hidden_act") or text.get("hidden_activation")
-    return activation in SILU and len(layer.outputs) == 2
+    """Return whether experts compute SiLU and gate."""
+    return activation_of(text) in SILU and len(layer.outputs) == 2
 
 
 def unserved(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 
 from ..slices.shard import block_shard
 from .fp8_quant import BLOCK
+from .masked_activation import Activation
 from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
 from .masked_warmup import warm_up
 from .tile_choice import tiles_for
@@ -46,6 +47,7 @@ class MaskedTritonExperts(TritonExperts):
         self.block_shard = block_shard(
             moe_config.intermediate_size, BLOCK, moe_config.tp_rank, moe_config.tp_size
         )
+        self.masked_activation = Activation.of(moe_config)
         # Up to as many, no call compiles anything.
         self._warm_tokens = 0
 
@@ -81,10 +83,8 @@ class MaskedTritonExperts(TritonExperts):
         shard = moe.fp8_tp_shard
         if (block := shard.span // shard.num_blocks) != BLOCK:
             return f"masked kernels take blocks of {BLOCK}, not {block}"
-        if moe.activation != MoEActivation.SILU or not moe.is_act_and_mul:
-            return f"masked kernels compute SiLU and gate, not {moe.activation.value}"
-        if moe.swiglu_limit is not None:
-            return "masked kernels do not clamp the activation"
+        if Activation.of(moe) is None:
+            return f"masked kernels do not compute {moe.activation.value}"
         if moe.has_bias:
             return "masked kernels add no biases"
         if moe.is_lora_enabled:
@@ -120,7 +120,7 @@ class MaskedTritonExperts(TritonExperts):
         sizes = M, topk, K, local_num_experts, self.block_shard, dtype
         # vLLM keeps the output in the first workspace: nothing else may live there.
         output = (M, K)
-        needed = planned(*sizes, True).workspace_bytes
+        needed = planned(*sizes, True, self.masked_activation).workspace_bytes
         return output, (needed // dtype.itemsize,), output
 
     def apply(
@@ -153,6 +153,7 @@ class MaskedTritonExperts(TritonExperts):
         sizes = (
             *(topk_ids.shape[1], hidden, w1.shape[0], self.block_shard, output.dtype),
             not apply_router_weight_on_input,
+            self.masked_activation,
         )
         call = (
             output,

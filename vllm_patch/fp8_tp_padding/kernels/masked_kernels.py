@@ -15,6 +15,7 @@ from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
 from .fp8_quant import quantize_rows
+from .masked_activation import activated
 
 BLOCK = tl.constexpr(fp8_quant.BLOCK)
 HALF = tl.constexpr(fp8_quant.BLOCK // 2)
@@ -49,33 +50,38 @@ def _dot(x, w, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _interleaved(COLUMNS: tl.constexpr, SWAP: tl.constexpr):
-    """Column of each of ``2 * COLUMNS`` rows of gate and up, and 0 for gate, 1 for up.
+def _interleaved(COLUMNS: tl.constexpr, SHARDS: tl.constexpr, SWAP: tl.constexpr):
+    """Column of each row of a tile of gate and up, and 0 for gate, 1 for up.
 
     A thread has two neighbouring columns of an accumulator, or two rows that are eight
     apart: gate and up of one column, so that it can take them apart by itself.
     """
-    row = tl.arange(0, 2 * COLUMNS)
-    if SWAP:
+    row = tl.arange(0, SHARDS * COLUMNS)
+    if SHARDS == 1:
+        return row, 0
+    elif SWAP:
         return row // 16 * 8 + row % 8, row // 8 % 2
     else:
         return row // 2, row % 2
 
 
 @triton.jit
-def _gate_and_up(both, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+def _gate_and_up(
+    both,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SHARDS: tl.constexpr,
+    SWAP: tl.constexpr,
+):
     """Take apart what was multiplied by interleaved rows."""
+    if SHARDS == 1:
+        return both, both
     if SWAP:
         both = tl.reshape(both, [COLUMNS // 8, 2, 8, ROWS])
         both = tl.reshape(tl.permute(both, 0, 2, 3, 1), [COLUMNS, ROWS, 2])
     else:
         both = tl.reshape(both, [ROWS, COLUMNS, 2])
     return tl.split(both)
-
-
-@triton.jit
-def _activate(gate, up):
-    return gate * tl.sigmoid(gate) * up
 
 
 @triton.jit
@@ -257,9 +263,9 @@ def _block_of_pairs(
 def gate_up_kernel(
     x_codes_ptr,  # [num_tokens, K] fp8
     x_scale_ptr,  # [num_tokens, K // 128] fp32
-    w13_ptr,  # [experts, 2 * SIZE, K] fp8: gate rows, then up rows
-    w13_scale_ptr,  # [experts, 2 * NUM_BLOCKS, K // 128] fp32
-    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out; split: see ``_load_parts``
+    w13_ptr,  # [experts, SHARDS * SIZE, K] fp8: gate rows, then up rows
+    w13_scale_ptr,  # [experts, SHARDS * NUM_BLOCKS, K // 128] fp32
+    h_ptr,  # [num_pairs, SIZE] bf16/fp16/fp32, out; split: see ``_load_h``
     sorted_pairs_ptr,
     block_experts_ptr,
     num_blocks_ptr,
@@ -278,12 +284,18 @@ def gate_up_kernel(
     SWAP: tl.constexpr,
     SORTED: tl.constexpr,
     UNROLL: tl.constexpr,
+    SHARDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """``silu(x @ gate.T) * (x @ up.T)`` for one block of pairs and BLOCK_N columns.
+    """``activated(x @ gate.T, x @ up.T)`` for one block of pairs and BLOCK_N columns.
 
     Grid: ``blocks of pairs * SPLITS * tiles of the span that hold real columns``. Each
     of several ``SPLITS`` takes a part of ``K`` and writes its part of both products.
+    There is no up if ``SHARDS`` is 1.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
@@ -313,17 +325,17 @@ def gate_up_kernel(
     k = tl.arange(0, BLOCK)
     x_ptrs = x_codes_ptr + token[:, None] * K + k[None, :]
     x_scale_ptrs = x_scale_ptr + token * K_BLOCKS
-    row, is_up = _interleaved(BLOCK_N, SWAP)
+    row, is_up = _interleaved(BLOCK_N, SHARDS, SWAP)
     row += offset
     real_row = (row >= 0) & (row < SIZE)
     row += is_up * SIZE
-    w_ptrs = w13_ptr + expert * (2 * SIZE * K) + row[:, None] * K + k[None, :]
+    w_ptrs = w13_ptr + expert * (SHARDS * SIZE * K) + row[:, None] * K + k[None, :]
     group = tile * BLOCK_N // BLOCK
-    gate_scale_ptr = w13_scale_ptr + (expert * 2 * NUM_BLOCKS + group) * K_BLOCKS
+    gate_scale_ptr = w13_scale_ptr + (expert * SHARDS * NUM_BLOCKS + group) * K_BLOCKS
     up_scale_ptr = gate_scale_ptr + NUM_BLOCKS * K_BLOCKS
     gate = _zeros(BLOCK_M, BLOCK_N, SWAP)
     up = gate
-    zeros = _zeros(BLOCK_M, 2 * BLOCK_N, SWAP)
+    zeros = _zeros(BLOCK_M, SHARDS * BLOCK_N, SWAP)
     split = pid // TILES % SPLITS
     FIRST_BLOCK = split * (K_BLOCKS // SPLITS)
     for first in tl.range(0, K_BLOCKS // SPLITS, UNROLL, num_stages=NUM_STAGES):
@@ -332,12 +344,13 @@ def gate_up_kernel(
             x = tl.load(x_ptrs + block * BLOCK, mask=is_pair[:, None], other=0.0)
             w = tl.load(w_ptrs + block * BLOCK, mask=real_row[:, None], other=0.0)
             x_scale = tl.load(x_scale_ptrs + block, mask=is_pair, other=0.0)
-            gate_scale = x_scale * tl.load(gate_scale_ptr + block)
-            up_scale = x_scale * tl.load(up_scale_ptr + block)
             both = _dot(x, w, zeros, SWAP)
-            gate_part, up_part = _gate_and_up(both, BLOCK_M, BLOCK_N, SWAP)
+            gate_part, up_part = _gate_and_up(both, BLOCK_M, BLOCK_N, SHARDS, SWAP)
+            gate_scale = x_scale * tl.load(gate_scale_ptr + block)
             gate += gate_part * _per_pair(gate_scale, SWAP)
-            up += up_part * _per_pair(up_scale, SWAP)
+            if SHARDS == 2:
+                up_scale = x_scale * tl.load(up_scale_ptr + block)
+                up += up_part * _per_pair(up_scale, SWAP)
 
     if SWAP:
         gate = tl.trans(gate)
@@ -347,12 +360,13 @@ def gate_up_kernel(
     mask = is_pair[:, None] & real[None, :]
     where = pair.to(tl.int64)[:, None] * SIZE + column[None, :]
     if SPLITS == 1:
-        h = _activate(gate, up).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + where, h, mask=mask)
+        h = activated(gate, up, ACTIVATION, LIMIT, ALPHA, BETA)
+        tl.store(h_ptr + where, h.to(h_ptr.dtype.element_ty), mask=mask)
     else:
-        where += split * 2 * num_pairs * SIZE
+        where += split * SHARDS * num_pairs * SIZE
         tl.store(h_ptr + where, gate, mask=mask)
-        tl.store(h_ptr + num_pairs * SIZE + where, up, mask=mask)
+        if SHARDS == 2:
+            tl.store(h_ptr + num_pairs * SIZE + where, up, mask=mask)
 
 
 @triton.jit
@@ -379,30 +393,26 @@ def _load_columns(row_ptrs, rows, column, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _load_parts(
+def _load_part(
     h_ptr,
-    pair,
+    rows,
     is_pair,
     column,
-    num_pairs,
-    dtype: tl.constexpr,
+    stride,
     SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """What gate and up would have written, from ``[SPLITS, 2, num_pairs, SIZE]`` fp32."""
-    gate = tl.zeros([pair.shape[0], column.shape[0]], tl.float32)
-    up = gate
-    row_ptrs = h_ptr + pair * SIZE
+    """The sum of what programs that share a tile of gate or of up have written."""
+    total = tl.zeros([rows.shape[0], column.shape[0]], tl.float32)
     for split in tl.static_range(SPLITS):
-        part_ptrs = row_ptrs + 2 * split * num_pairs * SIZE
-        gate += _load_columns(part_ptrs, is_pair, column, SIZE)
-        up += _load_columns(part_ptrs + num_pairs * SIZE, is_pair, column, SIZE)
-    return _activate(gate, up).to(dtype)
+        part_ptrs = h_ptr + split * stride + rows * SIZE
+        total += _load_columns(part_ptrs, is_pair, column, SIZE)
+    return total
 
 
 @triton.jit
 def _load_h(
-    h_ptr,
+    h_ptr,  # [num_pairs, SIZE], or [SPLITS, SHARDS, num_pairs, SIZE] fp32
     pair,
     is_pair,
     num_pairs,
@@ -412,6 +422,11 @@ def _load_h(
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SHARDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
 ):
     """Operands of down: codes and scales of each block, scales times weights."""
     codes = ()
@@ -422,9 +437,13 @@ def _load_h(
         if SPLITS == 1:
             h = _load_columns(h_ptr + pair * SIZE, is_pair, column, SIZE)
         else:
-            h = _load_parts(
-                h_ptr, pair, is_pair, column, num_pairs, dtype, SIZE, SPLITS
-            )
+            stride = SHARDS * num_pairs * SIZE
+            gate = _load_part(h_ptr, pair, is_pair, column, stride, SIZE, SPLITS)
+            up = gate
+            if SHARDS == 2:
+                up_rows = num_pairs + pair
+                up = _load_part(h_ptr, up_rows, is_pair, column, stride, SIZE, SPLITS)
+            h = activated(gate, up, ACTIVATION, LIMIT, ALPHA, BETA).to(dtype)
         block_codes, scale = quantize_rows(h.to(tl.float32), USE_UE8M0=False)
         codes = codes + (block_codes,)
         scales = scales + (scale * weight,)
@@ -505,7 +524,7 @@ def down_kernel(
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
     codes, scales = _load_h(
         *(h_ptr, pair, is_pair, num_pairs, weight),
-        *(None, SIZE, LEAD, NUM_BLOCKS, 1),
+        *(None, SIZE, LEAD, NUM_BLOCKS, 1, 1, "", None, 1, 0),
     )
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
@@ -548,6 +567,11 @@ def down_and_sum_kernel(
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
+    SHARDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
     MUL_WEIGHT: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -573,6 +597,7 @@ def down_and_sum_kernel(
     codes, scales = _load_h(
         *(h_ptr, pair, is_pair, num_tokens * TOP_K, weight),
         *(out_ptr.dtype.element_ty, SIZE, LEAD, NUM_BLOCKS, SPLITS),
+        *(SHARDS, ACTIVATION, LIMIT, ALPHA, BETA),
     )
     row = start + tl.arange(0, BLOCK_N)
     out = _zeros(ROWS, BLOCK_N, SWAP)

@@ -21,6 +21,7 @@ from ..slices.shard import BlockShard
 from .dependent_launch import dependent_launch
 from .fp8_quant import BLOCK, FP8
 from .launches import Launch, Launches
+from .masked_activation import Activation
 from .masked_kernels import (
     down_and_sum_kernel,
     down_kernel,
@@ -56,6 +57,7 @@ class Problem:
         shard: The rank's intermediate columns.
         dtype: Of the activations.
         mul_weight: Whether to weight the experts' outputs.
+        activation: Of gate and up.
 
     """
 
@@ -66,6 +68,7 @@ class Problem:
     shard: BlockShard
     dtype: torch.dtype
     mul_weight: bool = True
+    activation: Activation = Activation()
 
     @property
     def num_pairs(self) -> int:
@@ -77,7 +80,8 @@ class Weights:
     """One rank's experts, compact.
 
     Attributes:
-        w13: ``[experts, 2 * size, hidden]`` float8_e4m3fn, gate rows then up rows.
+        w13: ``[experts, 2 * size, hidden]`` float8_e4m3fn, gate rows then up rows; or
+            ``[experts, size, hidden]``, with scales likewise, where there is no gate.
         w2: ``[experts, hidden, size]`` float8_e4m3fn.
         w13_scale: ``[experts, 2 * num_blocks, hidden / 128]`` float32.
         w2_scale: ``[experts, hidden / 128, num_blocks]`` float32.
@@ -227,6 +231,7 @@ class _Plan:
                 "BLOCK_M": block_m,
                 "SPLITS": splits,
                 "UNROLL": tile.unroll,
+                **problem.activation.constants,
                 **sorting,
                 **tile.launch_options,
                 **self._geometry,
@@ -271,7 +276,8 @@ class PairPlan(_Plan):
         if self.splits == 1:
             return super().buffers()
         problem = self.problem
-        parts = self.splits, 2, problem.num_pairs, problem.shard.size
+        shards = problem.activation.shards
+        parts = self.splits, shards, problem.num_pairs, problem.shard.size
         return {**super().buffers(), "h": (parts, torch.float32)}
 
     def _down_and_sum(self) -> Launch:
@@ -286,6 +292,7 @@ class PairPlan(_Plan):
                 "TOP_K": problem.top_k,
                 "ROWS": max(LEAST_ROWS, triton.next_power_of_2(problem.top_k)),
                 "SPLITS": self.splits,
+                **problem.activation.constants,
                 "MUL_WEIGHT": problem.mul_weight,
                 **tile.launch_options,
                 **self._geometry,
