@@ -20,19 +20,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
 import vllm.triton_utils
 
 # Where it finds no GPU, vLLM puts a stub in the place of Triton.
 vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton
 
+from vllm_patch.cli.tune import ahead  # noqa: E402
 from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     columns,
     input_quant,
@@ -40,7 +39,7 @@ from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     tile_choice,
     tuned_tiles,
 )
-from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK, FP8  # noqa: E402
+from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK  # noqa: E402
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles  # noqa: E402
 from vllm_patch.fp8_tp_padding.slices.shard import block_shard  # noqa: E402
 from vllm_patch.fp8_tp_padding.slices.window import Window  # noqa: E402
@@ -49,16 +48,6 @@ SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Instructions that touch memory of other kernels.
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
-
-
-def compile_for(arch: int) -> None:
-    """Answer what Triton asks a driver before it compiles."""
-    driver = SimpleNamespace(
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-    )
-    triton.runtime.driver.set_active(driver)
 
 
 @dataclass(frozen=True)
@@ -74,15 +63,9 @@ class Job:
     arch: int
     what: str
 
-    @property
-    def name(self) -> list[str]:
-        """Module and kernel."""
-        return json.loads(self.what)["name"].rsplit(".", 1)
-
     def run(self) -> "Usage":
-        module, name = self.name
-        compile_for(self.arch)
-        binary = vars(sys.modules[module])[name].preload(self.what)
+        ahead.compile_for(self.arch)
+        binary = ahead.binary(self.what)
         registers, spilled = registers_of(binary)
         depends = json.loads(self.what)["options"]["launch_pdl"]
         waits = waits_first(binary.asm["ptx"]) == depends
@@ -132,29 +115,14 @@ def registers_of(binary) -> tuple[int, int]:
 
 def launched(arch: int, call: Callable[[], None]) -> list[Job]:
     """Return what ``call`` launches; nothing is compiled or run."""
-    found = []
-
-    def note(compile, **_) -> bool:
-        found.append(Job(arch, compile["specialization_data"]))
-        return True  # Triton takes it that somebody else compiles.
-
-    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
-        compile_for(arch)
-        call()
-    return found
+    ahead.compile_for(arch)
+    return [Job(arch, what) for what in ahead.launched(call)]
 
 
 def launch_experts(tiles: Tiles, tokens: int) -> None:
     shard = block_shard(1536, BLOCK, 1, 8)
     sizes = tokens, TOP_K, HIDDEN, EXPERTS, shard, torch.bfloat16
-    plan = masked_moe.plan_for(masked_moe.Problem(*sizes), tiles.fit(HIDDEN))
-    x, codes, scale, ids = (
-        torch.empty(1, dtype=dtype, device="meta")
-        for dtype in (torch.bfloat16, FP8, torch.float32, torch.int32)
-    )
-    weights = masked_moe.Weights(codes, codes, scale, scale)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="meta")
-    plan.run(x, x, weights, masked_moe.Routing(scale, ids), workspace)
+    ahead.launch(masked_moe.Problem(*sizes), tiles)
 
 
 def launch_linear_layers(arch: int) -> None:
@@ -212,7 +180,7 @@ def main() -> int:
             problem = used.problem(job.arch)
             problems += problem is not None
             print(
-                f"sm_{job.arch:<4}{job.name[1]:21}{used.registers:10}"
+                f"sm_{job.arch:<4}{ahead.kernel_of(job.what)[1]:21}{used.registers:10}"
                 f"{used.spilled:9}{used.shared:9}  {found[job]}"
                 f"{f'  {problem}' if problem else ''}",
                 flush=True,
