@@ -63,9 +63,15 @@ class Job:
     arch: int
     what: str
 
+    @property
+    def name(self) -> list[str]:
+        """Module and kernel."""
+        return json.loads(self.what)["name"].rsplit(".", 1)
+
     def run(self) -> "Usage":
+        module, name = self.name
         ahead.compile_for(self.arch)
-        binary = ahead.binary(self.what)
+        binary = vars(sys.modules[module])[name].preload(self.what)
         registers, spilled = registers_of(binary)
         depends = json.loads(self.what)["options"]["launch_pdl"]
         waits = waits_first(binary.asm["ptx"]) == depends
@@ -122,7 +128,8 @@ def launched(arch: int, call: Callable[[], None]) -> list[Job]:
 def launch_experts(tiles: Tiles, tokens: int) -> None:
     shard = block_shard(1536, BLOCK, 1, 8)
     sizes = tokens, TOP_K, HIDDEN, EXPERTS, shard, torch.bfloat16
-    ahead.launch(masked_moe.Problem(*sizes), tiles)
+    for kernel in ahead.kernels(masked_moe.Problem(*sizes), tiles):
+        kernel()
 
 
 def launch_linear_layers(arch: int) -> None:
@@ -180,7 +187,7 @@ def main() -> int:
             problem = used.problem(job.arch)
             problems += problem is not None
             print(
-                f"sm_{job.arch:<4}{ahead.kernel_of(job.what)[1]:21}{used.registers:10}"
+                f"sm_{job.arch:<4}{job.name[1]:21}{used.registers:10}"
                 f"{used.spilled:9}{used.shared:9}  {found[job]}"
                 f"{f'  {problem}' if problem else ''}",
                 flush=True,

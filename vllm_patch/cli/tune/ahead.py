@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles the masked kernels without a GPU, in processes, for Triton's cache on disk.
 
-Kernels are launched on tensors without memory. What Triton would compile is taken down
-and compiled there; a process with a GPU that launches the same finds it on disk.
+A process with a GPU that launches the same finds it there. (Of what Triton preloads by
+its own notes it does not: to its cache that is something else.)
 """
 
-import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from contextlib import suppress
@@ -23,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
-from vllm_patch.fp8_tp_padding.kernels import masked_moe
+from vllm_patch.fp8_tp_padding.kernels import masked_kernels, masked_moe
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import FP8
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles
 
@@ -41,32 +39,33 @@ class Compilers:
     """
 
     def __init__(self, arch: int):
-        cores = min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
-        # Triton would launch a kernel that it compiled in the same process.
-        self._notes, self._processes = (
-            futures.ProcessPoolExecutor(
-                number, multiprocessing.get_context("fork"), _start, (arch,)
-            )
-            for number in (1, cores)
+        # In Triton 3.7 a kernel's key depends on whose keys were asked for before, and
+        # what is forked from here knows all.
+        for value in vars(masked_kernels).values():
+            if isinstance(value, triton.JITFunction):
+                _ = value.cache_key
+        self._processes = futures.ProcessPoolExecutor(
+            min(MOST_PROCESSES, len(os.sched_getaffinity(0))),
+            multiprocessing.get_context("fork"),
+            _start,
+            (arch,),
         )
         self._compiled: set[str] = set()
         # Which starts them.
-        for processes in self._notes, self._processes:
-            processes.submit(int).result()
+        self._processes.submit(int).result()
 
     def __enter__(self) -> "Compilers":
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        for processes in self._notes, self._processes:
-            processes.shutdown(cancel_futures=True)
+        self._processes.shutdown(cancel_futures=True)
 
     def compile(self, calls: Iterable[Call]) -> list[futures.Future]:
         """Start to compile what calls launch and nobody compiled here yet."""
-        found = self._notes.submit(_launched, [*calls]).result()
-        left = [what for what in found if what not in self._compiled]
-        self._compiled |= {*left}
-        return [self._processes.submit(_compile, what) for what in left]
+        found = self._processes.submit(_noted, [*calls]).result()
+        left = found.keys() - self._compiled
+        self._compiled |= left
+        return [self._processes.submit(_compile, *found[what]) for what in left]
 
 
 def compile_for(arch: int) -> None:
@@ -79,7 +78,7 @@ def compile_for(arch: int) -> None:
     triton.runtime.driver.set_active(driver)
 
 
-def launched(call: Callable[[], None]) -> list[str]:
+def launched(call: Callable[[], object]) -> list[str]:
     """Return what Triton would compile for ``call``; nothing is compiled or run."""
     found = []
 
@@ -92,28 +91,26 @@ def launched(call: Callable[[], None]) -> list[str]:
     return found
 
 
-def launch(problem: masked_moe.Problem, tiles: Tiles) -> None:
-    """Launch the kernels of a call on tensors without memory."""
+def kernels(problem: masked_moe.Problem, tiles: Tiles) -> list[Callable[[], Any]]:
+    """Return what compiles each kernel of a call; each returns its binary."""
     plan = masked_moe.plan_for(problem, tiles.fit(problem.hidden))
-    x, codes, scale, ids = (
-        torch.empty(1, dtype=dtype, device="meta")
-        for dtype in (problem.dtype, FP8, torch.float32, torch.int32)
-    )
-    weights = masked_moe.Weights(codes, codes, scale, scale)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="meta")
-    plan.run(x, x, weights, masked_moe.Routing(scale, ids), workspace)
-
-
-def kernel_of(what: str) -> tuple[str, str]:
-    """Return module and name of the kernel that something was taken down of."""
-    module, _, name = json.loads(what)["name"].rpartition(".")
-    return module, name
-
-
-def binary(what: str) -> Any:
-    """Compile what was taken down of a kernel that is imported here."""
-    module, name = kernel_of(what)
-    return vars(sys.modules[module])[name].preload(what)
+    dtypes = {name: dtype for name, (_, dtype) in plan.buffers().items()}
+    dtypes |= dict.fromkeys(("x", "out"), problem.dtype)
+    dtypes |= dict.fromkeys(("w13", "w2"), FP8)
+    dtypes |= dict.fromkeys(("w13_scale", "w2_scale", "topk_weights"), torch.float32)
+    dtypes["topk_ids"] = torch.int32
+    return [
+        partial(
+            launch.kernel.warmup,
+            grid=(launch.programs,),
+            **{
+                f"{name}_ptr": torch.empty(1, dtype=dtypes[name], device="meta")
+                for name in launch.tensors
+            },
+            **launch.arguments,
+        )
+        for launch in plan.launches()
+    ]
 
 
 def _start(arch: int) -> None:
@@ -123,12 +120,17 @@ def _start(arch: int) -> None:
     compile_for(arch)
 
 
-def _launched(calls: Iterable[Call]) -> list[str]:
-    found = (launched(partial(launch, *call)) for call in calls)
-    return [*dict.fromkeys(what for each in found for what in each)]
+def _noted(calls: Iterable[Call]) -> dict[str, tuple]:
+    """Return what calls would compile, each with where it was first met."""
+    found = {}
+    for call in calls:
+        for index, kernel in enumerate(kernels(*call)):
+            for what in launched(kernel):
+                found.setdefault(what, (*call, index))
+    return found
 
 
-def _compile(what: str) -> None:
+def _compile(problem: masked_moe.Problem, tiles: Tiles, index: int) -> None:
     # What cannot be compiled says so where it is launched.
     with suppress(TritonError):
-        binary(what)
+        kernels(problem, tiles)[index]()
