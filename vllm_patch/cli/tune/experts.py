@@ -118,11 +118,6 @@ class Batch:
         pairs = torch.bincount(self.routings[0].ids.flatten())
         return int((-(-pairs // tiles.block_m)).sum())
 
-    def run(self, tiles: Tiles) -> None:
-        """Run one call."""
-        for call in self._calls(tiles)[:1]:
-            call()
-
     def times(
         self, paths: Sequence[Tiles], replays: int = graph_timing.REPLAYS
     ) -> list[float]:
@@ -132,7 +127,9 @@ class Batch:
             TritonError: A kernel cannot be compiled, or does not fit the GPU.
 
         """
-        graphs = [graph_timing.capture(self._calls(tiles)) for tiles in paths]
+        # Their workspaces must not be given away while graphs are replayed.
+        calls = [self._calls(tiles) for tiles in paths]
+        graphs = [graph_timing.capture(each) for each in calls]
         measured = graph_timing.microseconds(graphs, replays)
         return [time / len(self.routings) for time in measured]
 
