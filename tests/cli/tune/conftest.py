@@ -51,7 +51,8 @@ def model(tmp_path) -> str:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Forget tuned files, before and after; none is told of."""
-    monkeypatch.delenv("VLLM_TUNED_CONFIG_FOLDER", raising=False)
+    for change in (lambda name: monkeypatch.setenv(name, ""), monkeypatch.delenv):
+        change("VLLM_TUNED_CONFIG_FOLDER")
     from vllm_patch.fp8_tp_padding.kernels import tuned_tiles
 
     tuned_tiles.tuned_tiles.cache_clear()

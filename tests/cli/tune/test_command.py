@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -72,6 +72,18 @@ def test_what_is_fastest_is_written_and_found(
         n: before[n] for n in TOKENS if n != 64
     }
     assert json.loads(file.read_text())["triton_version"]
+
+
+def test_what_was_tuned_before_is_kept(gpu, model, tmp_path):
+    """Other numbers of tokens, in the file that is there."""
+    gpu.clock = slower_by_difference
+    file = tmp_path / f"{NAME}.json"
+    before = {tokens: present(tokens) for tokens in TOKENS}
+    before[1] = replace(before[1], pdl=not before[1].pdl)
+    file.write_text(json.dumps({n: asdict(tiles) for n, tiles in before.items()}))
+    tuned_tiles.tuned_tiles.cache_clear()
+    assert tuned(model, tmp_path) == 0
+    assert tuned_tiles.read_config(file) == {**before, 64: FASTEST}
 
 
 def test_where_vllm_looks_nothing_needs_to_be_told(

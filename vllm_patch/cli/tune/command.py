@@ -106,7 +106,7 @@ def tune(found: Sequence[Case], tokens: Sequence[int], folder: Path) -> list[Pat
         found: Experts.
         tokens: Numbers of tokens that are tuned; of others in ``TOKENS``, files hold
             what calls take as it is.
-        folder: Where files are written.
+        folder: Where files are written; those that are there are what calls take.
 
     Raises:
         UsageError: There is no GPU for it, or nothing can be written there.
@@ -114,6 +114,7 @@ def tune(found: Sequence[Case], tokens: Sequence[int], folder: Path) -> list[Pat
     """
     arch = _arch()
     _prepare(folder)
+    os.environ[environment.TUNED_FOLDER] = str(folder)
     from vllm_patch.cli.tune.ahead import Compilers
     from vllm_patch.fp8_tp_padding.kernels.tuned_tiles import config_name
 
