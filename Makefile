@@ -7,7 +7,7 @@ TP ?= 8
 RELEASES ?= 0.26.0 0.28.0 0.30.0 0.33.0
 # These hardly depend on the release: the oldest and the newest will do.
 ENDS ?= 0.26.0 0.33.0
-ENDS_TESTS := tests/benchmarks tests/test_damaged_checkpoints.py \
+ENDS_TESTS := tests/benchmarks tests/cli/tune tests/test_damaged_checkpoints.py \
 	$(addprefix tests/cli/test_, comparison.py model_config.py parity.py synthetic.py) \
 	$(addprefix tests/fp8_tp_padding/test_, columns.py input_quant.py \
 	linear_properties.py masked_moe.py shard.py tiles.py) \

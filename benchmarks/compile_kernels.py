@@ -21,19 +21,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
 import vllm.triton_utils
 
 # Where it finds no GPU, vLLM puts a stub in the place of Triton.
 vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton
 
+from vllm_patch.cli.tune import ahead  # noqa: E402
 from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     columns,
     input_quant,
@@ -41,7 +40,7 @@ from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     tile_choice,
     tuned_tiles,
 )
-from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK, FP8  # noqa: E402
+from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK  # noqa: E402
 from vllm_patch.fp8_tp_padding.kernels.masked_activation import (  # noqa: E402
     Activation,
 )
@@ -61,16 +60,6 @@ ACTIVATIONS = {
     "Gemma 4": Activation("gelu_tanh"),
     "Nemotron-H": Activation("relu2"),
 }
-
-
-def compile_for(arch: int) -> None:
-    """Answer what Triton asks a driver before it compiles."""
-    driver = SimpleNamespace(
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-    )
-    triton.runtime.driver.set_active(driver)
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Job:
 
     def run(self) -> "Usage":
         module, name = self.name
-        compile_for(self.arch)
+        ahead.compile_for(self.arch)
         binary = vars(sys.modules[module])[name].preload(self.what)
         registers, spilled = registers_of(binary)
         depends = json.loads(self.what)["options"]["launch_pdl"]
@@ -144,30 +133,16 @@ def registers_of(binary) -> tuple[int, int]:
 
 def launched(arch: int, call: Callable[[], None]) -> list[Job]:
     """Return what ``call`` launches; nothing is compiled or run."""
-    found = []
-
-    def note(compile, **_) -> bool:
-        found.append(Job(arch, compile["specialization_data"]))
-        return True  # Triton takes it that somebody else compiles.
-
-    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
-        compile_for(arch)
-        call()
-    return found
+    ahead.compile_for(arch)
+    return [Job(arch, what) for what in ahead.launched(call)]
 
 
 def launch_experts(tiles: Tiles, tokens: int, activation: Activation = SILU) -> None:
     shard = block_shard(1536, BLOCK, 1, 8)
     sizes = tokens, TOP_K, HIDDEN, EXPERTS, shard, torch.bfloat16
     problem = masked_moe.Problem(*sizes, activation=activation)
-    plan = masked_moe.plan_for(problem, tiles.fit(HIDDEN))
-    x, codes, scale, ids = (
-        torch.empty(1, dtype=dtype, device="meta")
-        for dtype in (torch.bfloat16, FP8, torch.float32, torch.int32)
-    )
-    weights = masked_moe.Weights(codes, codes, scale, scale)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device="meta")
-    plan.run(x, x, weights, masked_moe.Routing(scale, ids), workspace)
+    for kernel in ahead.kernels(problem, tiles):
+        kernel()
 
 
 def launch_linear_layers(arch: int) -> None:

@@ -1,30 +1,13 @@
 """Times GPU work by replaying CUDA graphs."""
 
 import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
-REPLAYS = 40
-WARM_UP = 5
-# Keeps the GPU busy until the CPU has enqueued what is timed; about 0.1 ms.
-HEAD_START_CYCLES = 200_000
+from vllm_patch.cli.tune.graph_timing import capture, microseconds
 
-
-def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """Return one graph of ``calls``, one after the other; each has run once before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+__all__ = ["capture", "captured", "launches", "microseconds", "replays_alike"]
 
 
 def captured(call: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
@@ -54,22 +37,6 @@ def replays_alike(
         if not torch.equal(out, value):
             return False
     return True
-
-
-def microseconds(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
-    """Return the median time of each graph; they take turns, so clocks are alike."""
-    times: list[list[float]] = [[] for _ in graphs]
-    for turn in range(WARM_UP + REPLAYS):
-        for graph, samples in zip(graphs, times, strict=True):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(HEAD_START_CYCLES)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= WARM_UP:
-                samples.append(1000 * start.elapsed_time(end))
-    return [statistics.median(samples) for samples in times]
 
 
 def launches(call: Callable[[], object]) -> list[str]:

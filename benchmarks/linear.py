@@ -37,11 +37,10 @@ from benchmarks.quantized import (
     normal,
     relative_error,
     round_up,
-    worst_columns,
-    worst_token,
 )
 from benchmarks.run import Run, chosen, first_line, parsed, parser_of, started
 from vllm_patch import plugin
+from vllm_patch.cli.tune.errors import worst_columns, worst_token
 
 # bfloat16 rounds outputs by up to 2**-9, and tensor cores add FP8 products in 14 bits.
 # One wrong column of 128 is 2**-3.5, one that is missing of an input of 2432 2**-5.6.

@@ -43,8 +43,9 @@ from benchmarks import graph_timing
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import CASES, Case
 from benchmarks.moe_layers import Implementation, Layer, Routing, implementations
-from benchmarks.quantized import normal, worst_columns, worst_token
+from benchmarks.quantized import normal
 from benchmarks.run import Run, chosen, first_line, parsed, parser_of, started
+from vllm_patch.cli.tune.errors import worst_columns, worst_token
 
 # Of 128 columns, over 64 tokens or more: bfloat16 rounds pairs' outputs and their sum
 # by up to 2**-9 each. Tensor cores add FP8 products in 14 bits, which makes about one

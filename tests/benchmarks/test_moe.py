@@ -13,10 +13,11 @@ from benchmarks import moe, moe_layers
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
-from benchmarks.quantized import FP8, random_scales, worst_columns, worst_token
+from benchmarks.quantized import FP8, random_scales
 from benchmarks.run import Rows
 from tests.formats.configs import FORMATS
 from tests.fp8_tp_padding.moe_reference import ACTIVATIONS
+from vllm_patch.cli.tune.errors import worst_columns, worst_token
 
 # 192 columns per rank, the second one from half a block on. With one block of hidden
 # columns, scales would make a rank's first block count next to nothing.

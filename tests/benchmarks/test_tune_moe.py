@@ -1,28 +1,24 @@
-"""The search for tiles, with other clocks than a GPU's."""
+"""All cases and columns that the maintainers tune, and what is asked of the command."""
 
-import argparse
-import itertools
-import json
-from dataclasses import asdict
+import pytest
 
-from benchmarks import tune_moe
-from vllm_patch.fp8_tp_padding.kernels.tiles import SortedTiles
-from vllm_patch.fp8_tp_padding.kernels.tuned_tiles import read_config
-
-SIZES = argparse.Namespace(experts=4, top_k=2, hidden=128, total=384, tp=2, rank=1)
+from benchmarks import moe_cases, tune_moe
 
 
-def test_each_step_takes_what_was_fastest(plugin, monkeypatch, tmp_path):
-    """Here the last one tried, and it runs; a file of it can be read back."""
-    monkeypatch.setattr(tune_moe, "ROUTINGS", 1)
-    monkeypatch.setattr(tune_moe, "capture", lambda calls: [call() for call in calls])
-    clock = itertools.count(1000, -1)
-    monkeypatch.setattr(tune_moe, "microseconds", lambda graphs: [next(clock)])
-    tiles, _ = tune_moe.tune(tune_moe.Layer(SIZES), 1)
-    assert tiles == SortedTiles(
-        *(16, tune_moe.gate_up_tiles(tiles)[-1], tune_moe.down_tiles(tiles)[-1]),
-        *(8, True),
-    )
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({1: asdict(tiles)}))
-    assert read_config(file) == {1: tiles}
+def test_each_file_is_written_once():
+    """Two cases have 192 columns of 128 experts, and another has 96."""
+    cases = tune_moe.named()
+    files = [(case.experts, case.shard.size) for case in cases.values()]
+    assert len({*files}) == len(files)
+    wanted = {(case.experts, case.shard.size) for case in moe_cases.CASES}
+    assert {*files} == wanted | {(128, columns) for columns in tune_moe.COLUMNS}
+
+
+@pytest.mark.parametrize("asked", [["--cases", "Qwen3-Next", "columns-48"], []])
+def test_what_is_asked_of_the_command(monkeypatch, tmp_path, asked):
+    given = []
+    monkeypatch.setattr(tune_moe, "tune", lambda *values: given.extend(values))
+    tune_moe.main([*asked, "--tokens", "1", "64", "--out", str(tmp_path)])
+    sizes = [(case.experts, case.shard.size) for case in given[0]]
+    assert sizes == [(512, 64), (128, 48)] if asked else len(sizes) > 10
+    assert given[1:] == [[1, 64], tmp_path]

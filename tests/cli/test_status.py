@@ -317,3 +317,11 @@ def test_tuned_tiles_are_found_by_the_name_that_kernels_look_for(monkeypatch):
     for experts, _, _, columns, _ in map(str.split, tuned):
         name = tuned_tiles.config_name(int(experts), int(columns))
         assert (Path(tuned_tiles.CONFIGS) / name).is_file()
+
+
+def test_tuned_tiles_of_the_user_are_found(monkeypatch, tmp_path):
+    name = "E=4,N=48,device_name=NVIDIA_L4,dtype=fp8_w8a8_masked,block_shape=[128,128]"
+    (tmp_path / f"{name}.json").touch()
+    assert not environment.tuned_for("NVIDIA L4")
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    assert environment.tuned_for("NVIDIA L4") == ["4 experts x 48 columns"]

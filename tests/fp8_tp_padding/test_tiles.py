@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.shard import 
 )
 
 TILE = {"block_n": 64, "num_warps": 4, "num_stages": 3}
+VARIABLE = "VLLM_TUNED_CONFIG_FOLDER"
 PAIRS = {"gate_up": TILE, "down": TILE}
 SORTED = {**PAIRS, "block_m": 16}
 
@@ -99,3 +100,61 @@ def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
     assert [type(tiles) for tiles in chosen] == 2 * [PairTiles] + 2 * [SortedTiles]
     # 256 is two blocks: they cannot be split in four.
     assert chosen[2].down_splits == 2
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The user's folder, and one in the place of ours; of 4 experts x 192 columns."""
+    users, ours = tmp_path / "users", tmp_path / "ours"
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(users))
+    monkeypatch.setattr(tuned_tiles, "_FOLDERS", (ours,))
+    name = tuned_tiles.config_name(4, 192)
+    for folder in users, ours:
+        folder.mkdir()
+    tuned_tiles.tuned_tiles.cache_clear()
+    yield users / name, ours / name
+    tuned_tiles.tuned_tiles.cache_clear()
+
+
+def test_the_users_file_goes_first(folders, monkeypatch):
+    """As vLLM's variable says of its own kernels' files."""
+    users, ours = folders
+    users.write_text(json.dumps({"8": PAIRS}))
+    ours.write_text(json.dumps({"16": PAIRS}))
+    assert [*tuned_tiles.tuned_tiles(4, 192)] == [8]
+    for changed in (users.unlink, lambda: monkeypatch.delenv(VARIABLE)):
+        changed()
+        tuned_tiles.tuned_tiles.cache_clear()
+        assert [*tuned_tiles.tuned_tiles(4, 192)] == [16]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"8": ',
+        "\x00",
+        "[" * 100_000,
+        json.dumps({"8": {**PAIRS, "block_k": 64}}),
+        json.dumps({"8": {**PAIRS, "down": {**TILE, "num_warps": 3}}}),
+        "{}",
+    ],
+    ids=["empty", "cut off", "binary", "deep", "unknown option", "value", "no entries"],
+)
+@pytest.mark.parametrize("which", ["users", "ours"])
+def test_a_damaged_file_is_named_once_and_a_rule_is_used(folders, caplog, text, which):
+    file = folders[which == "ours"]
+    file.write_text(text)
+    shard = block_shard(384, 128, 0, 2)
+    for tokens in (1, 4096):
+        chosen = tile_choice.tiles_for(tokens, 2, 4, 256, shard)
+        assert chosen == tile_choice.rule(tokens * 2 / 4, hopper=True).fit(256)
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    (warning,) = [r.getMessage() for r in warnings if str(file) in r.getMessage()]
+    assert "a rule is used" in warning and "delete" in warning
+
+
+def test_a_file_that_cannot_be_read(folders, caplog):
+    folders[0].mkdir()
+    assert tuned_tiles.tuned_tiles(4, 192) == {}
+    assert f"Is a directory: '{folders[0]}'" in caplog.text

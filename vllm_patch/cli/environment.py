@@ -14,6 +14,8 @@ from vllm_patch.wrappers import MODES, VARIABLE
 
 GENERAL = "vllm.general_plugins"
 NVIDIA_SMI = "nvidia-smi", "--format=csv,noheader"
+# What tells vLLM where tuned files are, beside its own.
+TUNED_FOLDER = "VLLM_TUNED_CONFIG_FOLDER"
 # Of a driver that does not answer.
 SECONDS = 10
 _TUNED = re.compile(
@@ -55,7 +57,8 @@ def nvidia_gpus(*fields: str) -> list[str]:
 def tuned_for(gpu: str) -> list[str]:
     """Return ``128 experts x 192 columns`` for each file of tuned tiles for a GPU.
 
-    They are with this package and, where they are built in, with vLLM.
+    They are where VLLM_TUNED_CONFIG_FOLDER says, with this package and, where they are
+    built in, with vLLM.
     """
     device = gpu.replace(" ", "_")
     # As vLLM names its own files.
@@ -64,6 +67,8 @@ def tuned_for(gpu: str) -> list[str]:
     folders = [ours / "configs"]
     if package := releases.package():
         folders.append(package / "model_executor" / "layers" / "fused_moe" / "configs")
+    if told := os.environ.get(TUNED_FOLDER):
+        folders.append(Path(told))
     files = [_TUNED.match(file.name) for folder in folders for file in folder.glob("*")]
     found = {(int(m[1]), int(m[2])) for m in files if m and m[3] == device}
     return [f"{experts} experts x {size} columns" for experts, size in sorted(found)]

@@ -8,7 +8,16 @@ import sys
 import traceback
 
 from vllm_patch import __version__
-from vllm_patch.cli import UsageError, apply, check, collect_env, parity, series, status
+from vllm_patch.cli import (
+    UsageError,
+    apply,
+    check,
+    collect_env,
+    parity,
+    series,
+    status,
+    tune,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -17,12 +26,13 @@ def make_parser() -> argparse.ArgumentParser:
         description="Installed beside vLLM, this package lets it load block-quantized "
         "FP8 models at tensor-parallel sizes that cut a quant block, such as "
         "Qwen3-235B-A22B-FP8 at -tp 8, by itself. The commands look whether it does, "
-        "compare its answers with stock vLLM's, and put the change into vLLM's source.",
+        "compare its answers with stock vLLM's, tune its kernels for a model, and put "
+        "the change into vLLM's source.",
         epilog="start with: vllm-patch check MODEL -tp 8",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command")
-    for module in (check, parity, status, collect_env, apply, series):
+    for module in (check, parity, tune, status, collect_env, apply, series):
         module.add_parser(commands)
     return parser
 

@@ -147,6 +147,25 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
+def verdict(name: str, tp: int) -> Verdict:
+    """Return what becomes of a model at one size in the installed vLLM, on a GPU.
+
+    Raises:
+        UsageError: The model cannot be read, or is not in FP8 blocks that could be cut.
+
+    """
+    if not 0 < tp <= MOST_TP:
+        raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+    found = checkpoint.read(name)
+    how = quantization.read(found.fields, found.name)
+    if how.block is None or how.format not in FORMATS:
+        raise UsageError(f"{name}: {how.format} has no FP8 blocks that could be cut.")
+    text = _text(found)
+    model, _ = _layers(found, how, text)
+    setting = Setting(_installed(), tp, PLATFORMS[0], AUTO, how.format, how.block)
+    return Verdict(model, text, setting)
+
+
 def _say_not_in_blocks(
     found: Checkpoint,
     how: Quantization,

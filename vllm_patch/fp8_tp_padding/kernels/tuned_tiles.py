@@ -2,15 +2,17 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Reads tiles that were tuned for a GPU, an expert's columns and how many there are.
 
-They go before the rule. ``benchmarks.tune_moe`` of vllm-patch writes them.
+They go before the rule. ``vllm-patch tune`` writes them.
 """
 
 import functools
 import inspect
 import itertools
 import json
+import os
 from pathlib import Path
 
+import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe import get_config_file_name
 
@@ -28,17 +30,33 @@ _FOLDERS = (CONFIGS, Path(inspect.getfile(get_config_file_name)).parent / "confi
 def tuned_tiles(num_experts: int, size: int) -> dict[int, Tiles]:
     """Return tiles by number of tokens, empty if none were tuned.
 
+    As with vLLM's own kernels, a file in ``VLLM_TUNED_CONFIG_FOLDER`` goes first.
+
     Args:
         num_experts: Experts of the rank.
         size: Its columns of an expert.
 
     """
     name = config_name(num_experts, size)
-    for folder in _FOLDERS:
-        if (folder / name).exists():
-            return read_config(folder / name)
-    logger.info("No tuned tiles for the masked kernels (%s): using a rule.", name)
-    return {}
+    users = envs.VLLM_TUNED_CONFIG_FOLDER
+    folders = (Path(users), *_FOLDERS) if users else _FOLDERS
+    files = (folder / name for folder in folders)
+    # Path.exists would raise for a folder that may not be read.
+    file = next((file for file in files if os.path.exists(file)), None)
+    if file is None:
+        logger.info("No tuned tiles for the masked kernels (%s): using a rule.", name)
+        return {}
+    try:
+        tuned = read_config(file)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "Tuned tiles for the masked kernels are left out, and a rule is used, "
+            "which may be slower: %s",
+            error,
+        )
+        return {}
+    logger.info("Tuned tiles for the masked kernels: %s.", file)
+    return tuned
 
 
 def config_name(num_experts: int, size: int) -> str:
@@ -50,13 +68,16 @@ def read_config(path: Path) -> dict[int, Tiles]:
     """Return tiles by number of tokens, fewest first, from a tuned file.
 
     Raises:
-        ValueError: There are no entries; or one has fields that tiles do not have or
-            lacks some, has values that no kernel takes, or does not sort where one of
-            fewer tokens does: the workspace that fits the largest call must fit all
-            others.
+        ValueError: It is no JSON; or there are no entries; or one has fields that tiles
+            do not have or lacks some, has values that no kernel takes, or does not sort
+            where one of fewer tokens does: the workspace that fits the largest call
+            must fit all others.
 
     """
-    entries = json.loads(path.read_text())
+    try:
+        entries = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}. Mend or delete it.") from error
     if not isinstance(entries, dict) or not entries.keys() - {"triton_version"}:
         raise ValueError(f"{path}: no tiles by number of tokens. Mend or delete it.")
     entries.pop("triton_version", None)

@@ -1,0 +1,98 @@
+"""What is tried, and the order that is kept."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vllm_patch.cli import UsageError
+from vllm_patch.cli.tune import candidates, search
+from vllm_patch.cli.tune.cases import Case
+from vllm_patch.cli.tune.search import Option
+from vllm_patch.fp8_tp_padding.kernels.masked_moe import Problem
+from vllm_patch.fp8_tp_padding.kernels.tiles import PairTiles, SortedTiles
+
+HOPPER = candidates.Gpu(132, 232448, True)
+ANY = candidates.ANY
+QWEN = Case(128, 8, 4096, 1536, 8)
+ADA = replace(HOPPER, shared_memory=101376, launches_dependently=False)
+
+
+def option(block_m: int, cost: float) -> Option:
+    tiles = SortedTiles(block_m, ANY, ANY) if block_m else PairTiles(ANY, ANY)
+    return Option(tiles, 10.0, cost, cost)
+
+
+def blocks(options: list[Option]) -> list[int]:
+    return [candidates.rows(each.tiles) for each in options]
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ([{0: 5, 16: 9}, {0: 5, 16: 9}], [0, 0]),
+        ([{0: 9, 16: 5}, {0: 9, 16: 5}], [16, 16]),
+        # The second gains more by not sorting than the first by sorting.
+        ([{0: 9, 16: 5}, {0: 2, 16: 9}], [0, 0]),
+        ([{0: 9, 16: 2}, {0: 5, 16: 9}], [16, 16]),
+        ([{16: 9, 32: 5}, {16: 5, 32: 9}, {32: 9, 64: 5}], [16, 16, 64]),
+    ],
+)
+def test_blocks_never_get_smaller(options, chosen):
+    found = [[option(*pair) for pair in each.items()] for each in options]
+    assert blocks(search.in_order(found)) == chosen
+
+
+def test_what_cannot_be_in_order():
+    with pytest.raises(UsageError, match="Leave out --tokens"):
+        search.in_order([[option(32, 1.0)], [option(16, 1.0)]])
+
+
+def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
+    case = QWEN
+    sizes = tokens, case.top_k, case.hidden, case.experts, case.shard, torch.bfloat16
+    problem = Problem(*sizes)
+    tiles = tiles or candidates.starts(problem)[0]
+    return candidates.Path(problem, gpu, min(128, 8 * tokens), tiles, time)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kinds"),
+    [(1, [0]), (16, [0, 16]), (128, [16, 32]), (512, [32, 64]), (16384, [64, 128])],
+)
+def test_paths_by_pairs_of_an_expert(tokens, kinds):
+    found = candidates.starts(path(tokens).problem)
+    assert [candidates.rows(tiles) for tiles in found] == kinds
+
+
+def test_unsorted_pairs_that_fill_the_gpu_take_wide_tiles():
+    narrow = [tiles.gate_up.block_n < 64 for tiles in candidates.gate_up(path(1))]
+    assert any(narrow) and not all(narrow)
+    wide = candidates.gate_up(path(16))
+    assert wide and all(tiles.gate_up.block_n == 64 for tiles in wide)
+
+
+@pytest.mark.parametrize("block_m", [0, 16, 32, 64, 128])
+def test_loads_fit_the_shared_memory(block_m):
+    """Of 99 KiB, where the same tiles with fewer loads in flight are left."""
+    tiles = SortedTiles(block_m, ANY, ANY) if block_m else PairTiles(ANY, ANY)
+    for choices in candidates.gate_up, candidates.down:
+        hopper, ada = (choices(path(64, tiles, gpu)) for gpu in (HOPPER, ADA))
+        assert ada and {*ada} <= {*hopper}
+    for found in candidates.gate_up(path(64, tiles, ADA)):
+        tile = found.gate_up
+        rows = (block_m or 16) + 2 * tile.block_n
+        assert tile.num_stages * tile.unroll * rows * 128 <= ADA.shared_memory
+
+
+def test_downs_programs_fill_the_gpu_and_no_more():
+    tiles = SortedTiles(16, ANY, ANY)
+    for blocks, splits in ((16, [16]), (128, [2, 4, 8]), (600, [1, 2]), (5000, [])):
+        found = candidates.down_splits(replace(path(64, tiles), blocks=blocks))
+        assert [each.down_splits for each in found] == splits
+
+
+def test_dependent_launch_where_it_shows():
+    assert candidates.dependent_launch(path(1))[0].pdl
+    assert not candidates.dependent_launch(path(1, gpu=ADA))
+    assert not candidates.dependent_launch(path(4096, time=400.0))

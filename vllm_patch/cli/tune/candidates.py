@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tiles are tried: all that ``vllm-patch tune`` knows of what may be fast.
+
+A path starts with any tiles, and takes the best ones of gate and up, then those of
+down, then how many programs share down's columns, then dependent launch or not. What
+cannot be fast by a count of programs, bytes or launches is left out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+
+from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK
+from vllm_patch.fp8_tp_padding.kernels.masked_moe import LEAST_ROWS, Problem
+from vllm_patch.fp8_tp_padding.kernels.tiles import PairTiles, SortedTiles, Tile, Tiles
+
+ANY = Tile(64, 4, 3)
+# Pairs of an expert for which a block of so many rows is tried: with fewer most of it
+# is padding, with more each expert's weights are read several times.
+PAIRS = {16: (0.25, 16), 32: (6, 40), 64: (20, float("inf")), 128: (96, float("inf"))}
+# Above, unsorted pairs read each expert that often.
+MOST_UNSORTED = 4
+# Programs for each multiprocessor, beyond which down gains nothing by more, and of gate
+# and up, where tiles of 64 columns are enough.
+DOWN_PROGRAMS = 1.3, 10.0
+GATE_UP_PROGRAMS = 2
+# What dependent launch saves at most, for each launch, and how much shows.
+LAUNCH_US, LAUNCHES, SHOWS = 1.0, 5, 0.02
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What tiles depend on.
+
+    Attributes:
+        multiprocessors: How many there are.
+        shared_memory: Bytes that a program may have.
+        launches_dependently: Whether a kernel may start while one before it ends.
+
+    """
+
+    multiprocessors: int
+    shared_memory: int
+    launches_dependently: bool
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path on its way to the best tiles.
+
+    Attributes:
+        problem: Sizes of the call.
+        gpu: Where it runs.
+        blocks: Blocks of pairs of a typical routing.
+        tiles: The best so far.
+        time: Their microseconds.
+
+    """
+
+    problem: Problem
+    gpu: Gpu
+    blocks: int
+    tiles: Tiles
+    time: float = float("inf")
+
+
+def starts(problem: Problem) -> list[Tiles]:
+    """Return paths, with any tiles, that can be best for so many pairs."""
+    each = problem.num_pairs / problem.num_experts
+    found: list[Tiles] = [PairTiles(ANY, ANY)] if each <= MOST_UNSORTED else []
+    for block_m, (least, most) in PAIRS.items():
+        if least <= each <= most:
+            found.append(SortedTiles(block_m, ANY, ANY, down_splits=2))
+    return found
+
+
+def rows(tiles: Tiles) -> int:
+    """Return how many pairs a block has: 0 if they are not sorted."""
+    return getattr(tiles, "block_m", 0)
+
+
+def gate_up(path: Path) -> list[Tiles]:
+    block_m = rows(path.tiles) or LEAST_ROWS
+    tiles = [
+        tile.fit(path.problem.hidden)
+        for tile in _gate_up_tiles(path)
+        # Loads of activations, gate and up that are in flight.
+        if tile.num_stages * tile.unroll * (block_m + 2 * tile.block_n) * BLOCK
+        <= path.gpu.shared_memory
+    ]
+    return [replace(path.tiles, gate_up=tile) for tile in tiles]
+
+
+def _gate_up_tiles(path: Path) -> list[Tile]:
+    if isinstance(path.tiles, PairTiles):
+        swapped = _tiles((64,), (4,), (3, 4, 5, 7), swap=True)
+        programs = path.blocks * ANY.count(path.problem.shard)
+        if programs > GATE_UP_PROGRAMS * path.gpu.multiprocessors:
+            return swapped
+        return [
+            *swapped,
+            *_tiles((16, 32), (4,), (3, 4), unrolls=(2, 4)),
+            *_tiles((16,), (1,), (4,), unrolls=(2,)),
+        ]
+    if path.tiles.block_m < 64:
+        return [
+            *_tiles((64,), (4,), (2, 3), swap=True, unrolls=(2,)),
+            *_tiles((64, 128), (4,), (3, 4), swap=True),
+        ]
+    return [
+        *_tiles((64,), (4, 8), (3, 4)),
+        *_tiles((128,), (8,), (3, 4)),
+        *_tiles((64,), (8,), (3,), unrolls=(2,)),
+    ]
+
+
+def down(path: Path) -> list[Tiles]:
+    if isinstance(path.tiles, PairTiles):
+        tiles = _tiles((64, 128), (4,), (2, 3, 4, 5, 8), swap=True)
+    elif path.tiles.block_m < 64:
+        tiles = _tiles((64, 128), (4,), (2, 3, 4), swap=True)
+    else:
+        tiles = _tiles((64, 128), (4,), (2, 3, 4)) + _tiles((64, 128), (8,), (3,))
+    columns = path.problem.shard.size
+    return [
+        replace(path.tiles, down=tile)
+        for tile in tiles
+        if tile.num_stages * tile.block_n * columns <= path.gpu.shared_memory
+    ]
+
+
+def down_splits(path: Path) -> list[Tiles]:
+    if isinstance(path.tiles, PairTiles):
+        return []
+    least, most = (each * path.gpu.multiprocessors for each in DOWN_PROGRAMS)
+    return [
+        replace(path.tiles, down_splits=splits).fit(path.problem.hidden)
+        for splits in (1, 2, 4, 8, 16)
+        if least <= path.blocks * splits <= most
+    ]
+
+
+def dependent_launch(path: Path) -> list[Tiles]:
+    shows = path.time * SHOWS <= LAUNCHES * LAUNCH_US
+    if not path.gpu.launches_dependently or not shows:
+        return []
+    return [replace(path.tiles, pdl=not path.tiles.pdl)]
+
+
+# What is chosen, one after the other.
+STEPS: dict[str, Callable[[Path], list[Tiles]]] = {
+    "gate and up": gate_up,
+    "down": down,
+    "down's splits": down_splits,
+    "dependent launch": dependent_launch,
+}
+
+
+def order_of_sums(tiles: Tiles) -> Tiles:
+    """Return what is equal for tiles that add in the same order.
+
+    Loads in flight, programs that share columns, and when a kernel starts change none.
+    """
+    changes: dict[str, object] = {
+        "gate_up": replace(tiles.gate_up, num_stages=1),
+        "down": replace(tiles.down, num_stages=1),
+        "pdl": False,
+    }
+    if isinstance(tiles, SortedTiles):
+        changes["down_splits"] = 1
+    return replace(tiles, **changes)
+
+
+def _tiles(
+    widths: tuple[int, ...],
+    warps: tuple[int, ...],
+    stages: tuple[int, ...],
+    swap: bool = False,
+    unrolls: tuple[int, ...] = (1,),
+) -> list[Tile]:
+    return [
+        Tile(*values) for values in product(widths, warps, stages, (swap,), unrolls)
+    ]
