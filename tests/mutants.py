@@ -108,6 +108,18 @@ MUTANTS = (
         "tl.load(gate_scale_ptr + block).to(tl.bfloat16).to(tl.float32)",
     ),
     Mutant(
+        "experts: up is clamped on one side",
+        "kernels/masked_activation.py",
+        "            up = tl.clamp(up, -LIMIT, LIMIT)\n        if",
+        "            up = tl.minimum(up, LIMIT)\n        if",
+    ),
+    Mutant(
+        "experts: what has no gate is read as if it had one",
+        "kernels/masked_kernels.py",
+        "expert * (SHARDS * SIZE * K)",
+        "expert * (2 * SIZE * K)",
+    ),
+    Mutant(
         "launches: another tensor's address",
         "kernels/launches.py",
         "values[parameter] = addresses[tensor]",
