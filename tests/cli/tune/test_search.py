@@ -58,21 +58,28 @@ def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
 
 @pytest.mark.parametrize(
     ("tokens", "kinds"),
-    [(1, [0]), (16, [0, 16]), (128, [16, 32]), (512, [32, 64]), (16384, [64, 128])],
+    [(1, [0]), (16, [0, 16]), (128, [16, 32]), (512, [32, 64]), (16384, [64])],
 )
 def test_paths_by_pairs_of_an_expert(tokens, kinds):
     found = candidates.starts(path(tokens).problem)
     assert [candidates.rows(tiles) for tiles in found] == kinds
 
 
-def test_unsorted_pairs_that_fill_the_gpu_take_wide_tiles():
-    narrow = [tiles.gate_up.block_n < 64 for tiles in candidates.gate_up(path(1))]
-    assert any(narrow) and not all(narrow)
+def test_unsorted_pairs_that_fill_the_gpu_are_operands_of_wgmma():
+    swapped = [tiles.gate_up.swap for tiles in candidates.gate_up(path(1))]
+    assert any(swapped) and not all(swapped)
     wide = candidates.gate_up(path(16))
-    assert wide and all(tiles.gate_up.block_n == 64 for tiles in wide)
+    assert wide and all(tiles.gate_up.swap for tiles in wide)
 
 
-@pytest.mark.parametrize("block_m", [0, 16, 32, 64, 128])
+def test_splits_of_gate_and_up_until_the_gpu_is_full():
+    for tokens, most in (1, 8), (4, 4), (16, 1):
+        found = {tiles.gate_up_splits for tiles in candidates.gate_up(path(tokens))}
+        assert max(found) == most
+        assert 1 in found
+
+
+@pytest.mark.parametrize("block_m", [0, 16, 32, 64])
 def test_loads_fit_the_shared_memory(block_m):
     """Of 99 KiB, where the same tiles with fewer loads in flight are left."""
     tiles = SortedTiles(block_m, ANY, ANY) if block_m else PairTiles(ANY, ANY)

@@ -17,13 +17,14 @@ from vllm_patch.fp8_tp_padding.kernels.tiles import PairTiles, SortedTiles, Tile
 ANY = Tile(64, 4, 3)
 # Pairs of an expert for which a block of so many rows is tried: with fewer most of it
 # is padding, with more each expert's weights are read several times.
-PAIRS = {16: (0.25, 16), 32: (6, 40), 64: (20, float("inf")), 128: (96, float("inf"))}
+PAIRS = {16: (0.25, 16), 32: (6, 40), 64: (20, float("inf"))}
 # Above, unsorted pairs read each expert that often.
 MOST_UNSORTED = 4
-# Programs for each multiprocessor, beyond which down gains nothing by more, and of gate
-# and up, where tiles of 64 columns are enough.
+# Programs for each multiprocessor, beyond which down gains nothing by more, of gate and
+# up, where tiles of 64 columns are enough, and where splits along K are too many.
 DOWN_PROGRAMS = 1.3, 10.0
 GATE_UP_PROGRAMS = 2
+SPLIT_PROGRAMS = 4
 # What dependent launch saves at most, for each launch, and how much shows.
 LAUNCH_US, LAUNCHES, SHOWS = 1.0, 5, 0.02
 
@@ -81,46 +82,51 @@ def rows(tiles: Tiles) -> int:
 
 def gate_up(path: Path) -> list[Tiles]:
     block_m = rows(path.tiles) or LEAST_ROWS
-    tiles = [
-        tile.fit(path.problem.hidden)
+    return [
+        replace(path.tiles, gate_up=tile, **splits).fit(path.problem.hidden)
         for tile in _gate_up_tiles(path)
         # Loads of activations, gate and up that are in flight.
         if tile.num_stages * tile.unroll * (block_m + 2 * tile.block_n) * BLOCK
         <= path.gpu.shared_memory
+        for splits in _gate_up_splits(path, tile)
     ]
-    return [replace(path.tiles, gate_up=tile) for tile in tiles]
+
+
+def _gate_up_splits(path: Path, tile: Tile) -> list[dict[str, int]]:
+    if isinstance(path.tiles, SortedTiles):
+        return [{}]
+    programs = path.blocks * tile.count(path.problem.shard)
+    most = SPLIT_PROGRAMS * path.gpu.multiprocessors
+    return [
+        {"gate_up_splits": splits}
+        for splits in (1, 2, 4, 8)
+        if splits == 1 or programs * splits <= most
+    ]
 
 
 def _gate_up_tiles(path: Path) -> list[Tile]:
     if isinstance(path.tiles, PairTiles):
-        swapped = _tiles((64,), (4,), (3, 4, 5, 7), swap=True)
+        swapped = _tiles((32, 64), (4,), (3, 4, 6), swap=True)
         programs = path.blocks * ANY.count(path.problem.shard)
         if programs > GATE_UP_PROGRAMS * path.gpu.multiprocessors:
             return swapped
-        return [
-            *swapped,
-            *_tiles((16, 32), (4,), (3, 4), unrolls=(2, 4)),
-            *_tiles((16,), (1,), (4,), unrolls=(2,)),
-        ]
+        return [*swapped, *_tiles((16, 32), (4,), (3, 4), unrolls=(4,))]
     if path.tiles.block_m < 64:
         return [
             *_tiles((64,), (4,), (2, 3), swap=True, unrolls=(2,)),
-            *_tiles((64, 128), (4,), (3, 4), swap=True),
+            *_tiles((64,), (4,), (2, 3, 4), swap=True),
         ]
-    return [
-        *_tiles((64,), (4, 8), (3, 4)),
-        *_tiles((128,), (8,), (3, 4)),
-        *_tiles((64,), (8,), (3,), unrolls=(2,)),
-    ]
+    return _tiles((64,), (4, 8), (3, 4))
 
 
 def down(path: Path) -> list[Tiles]:
     if isinstance(path.tiles, PairTiles):
-        tiles = _tiles((64, 128), (4,), (2, 3, 4, 5, 8), swap=True)
+        tiles = _tiles((64, 128), (4,), (2, 3, 4, 6, 8), swap=True)
     elif path.tiles.block_m < 64:
         tiles = _tiles((64, 128), (4,), (2, 3, 4), swap=True)
     else:
-        tiles = _tiles((64, 128), (4,), (2, 3, 4)) + _tiles((64, 128), (8,), (3,))
+        tiles = _tiles((64, 128), (4,), (3, 4))
+        tiles += _tiles((64,), (4, 8), (3, 4), swap=True)
     columns = path.problem.shard.size
     return [
         replace(path.tiles, down=tile)
