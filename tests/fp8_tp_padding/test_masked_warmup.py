@@ -114,11 +114,11 @@ def not_warm(calls, launched, most=MOST):
 @pytest.mark.parametrize(
     ("name", "hopper", "binaries"),
     [
-        ("tuned", True, 37),
-        ("rule", True, 23),
-        ("rule", False, 20),
-        ("top-10 of 512", True, 24),
-        ("three blocks", True, 23),
+        ("tuned", True, 36),
+        ("rule", True, 25),
+        ("rule", False, 18),
+        ("top-10 of 512", True, 23),
+        ("three blocks", True, 25),
     ],
 )
 def test_no_number_of_tokens_compiles(tiles, launched, name, hopper, binaries):
@@ -127,6 +127,19 @@ def test_no_number_of_tokens_compiles(tiles, launched, name, hopper, binaries):
     calls.warm_up()
     assert len(launched) == binaries
     assert not_warm(calls, launched) == []
+
+
+@pytest.mark.parametrize("name", ["tuned", "rule"])
+def test_the_workspace_of_the_largest_call_does_for_all(tiles, name):
+    tiles(tuned_for_h200() if name == "tuned" else {}, True)
+    masked_experts.planned.cache_clear()
+    masked_experts._bytes_of_pairs.cache_clear()
+    top_k, experts, hidden, shard = Calls(*SIZES[name]).sizes
+    sizes = top_k, hidden, experts, shard, torch.bfloat16
+    needed = 0
+    for most in range(1, 257):
+        needed = max(needed, masked_experts.planned(most, *sizes).workspace_bytes)
+        assert masked_experts.workspace_bytes(most, *sizes) == needed
 
 
 def test_a_variant_that_is_left_out_shows(tiles, launched, monkeypatch):

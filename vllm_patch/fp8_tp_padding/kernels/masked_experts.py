@@ -117,10 +117,10 @@ class MaskedTritonExperts(TritonExperts):
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         dtype = self.moe_config.in_dtype
-        sizes = M, topk, K, local_num_experts, self.block_shard, dtype
+        sizes = topk, K, local_num_experts, self.block_shard, dtype, True
         # vLLM keeps the output in the first workspace: nothing else may live there.
         output = (M, K)
-        needed = planned(*sizes, True, self.masked_activation).workspace_bytes
+        needed = workspace_bytes(M, *sizes, self.masked_activation)
         return output, (needed // dtype.itemsize,), output
 
     def apply(
@@ -174,6 +174,28 @@ def planned(*sizes) -> PairPlan | SortedPlan:
     of = Problem(*sizes)
     tiles = tiles_for(of.num_tokens, of.top_k, of.num_experts, of.hidden, of.shard)
     return plan_for(of, tiles)
+
+
+def workspace_bytes(num_tokens: int, *sizes) -> int:
+    """Return what a call needs, and at least what any call with fewer tokens does.
+
+    vLLM sizes its workspace by the largest call.
+    """
+    return max(
+        planned(num_tokens, *sizes).workspace_bytes, _bytes_of_pairs(num_tokens, *sizes)
+    )
+
+
+@functools.lru_cache
+def _bytes_of_pairs(num_tokens: int, *sizes) -> int:
+    """Most bytes of calls whose pairs are not sorted: where few tokens split along K."""
+    most = 0
+    for fewer in range(1, num_tokens + 1):
+        plan = planned(fewer, *sizes)
+        if not isinstance(plan, PairPlan):
+            break
+        most = max(most, plan.workspace_bytes)
+    return most
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
