@@ -63,5 +63,6 @@ def test_it_loads_and_measures_the_ranks_part(row):
     assert {("prefill_ms", 16), ("decode_ms", 1), ("decode_ms", 4)} <= measured
     assert all(r["value"] > 0 for r in result["rows"])
     assert torch.isfinite(logits).all()
+    assert (logits.norm(dim=-1) > 0).all(), "each prompt is computed"
     _, others = row(2)
     assert not torch.allclose(logits, others), "another rank's part is another"
