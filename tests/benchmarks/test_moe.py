@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import moe, moe_layers
+from benchmarks.checkpoint import OTHERS
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
@@ -37,27 +38,41 @@ def test_the_plugins_layer_passes(check, monkeypatch, tokens):
     assert check(tokens) == 0
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "quark"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "quark", "modelopt-mixed"])
 def test_the_plugins_layer_passes_in_other_formats(check, name):
     if not FORMATS[name].is_in_release:
         pytest.skip(f"this release has no {name} in FP8 blocks")
-    assert check(64, "--config", str(FORMATS[name].path)) == 0
+    config = name if name in OTHERS else str(FORMATS[name].path)
+    assert check(64, "--config", config) == 0
 
 
-def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys):
-    stock_fill = moe_layers._fill
+@pytest.mark.parametrize("name", ["w13_weight_scale_inv", "w2_weight_scale_inv"])
+def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys, name):
+    stock_load = moe_layers._load
 
-    def swap_blocks(experts, case, what, seed):
-        weights = stock_fill(experts, case, what, seed)
-        if what.is_stock:
-            return weights
-        kept = {**vars(weights), "w2_scale": weights.w2_scale.clone()}
-        experts.w2_weight_scale_inv.data.copy_(weights.w2_scale.flip(-1))
-        return Weights(**kept)
+    def swap_blocks(case, experts, *args):
+        weights = stock_load(case, experts, *args)
+        scale = getattr(experts, name).data
+        scale.copy_(scale.flip(-1))
+        return weights
 
-    monkeypatch.setattr(moe_layers, "_fill", swap_blocks)
+    monkeypatch.setattr(moe_layers, "_load", swap_blocks)
     assert check() == 1
-    assert "PROBLEM" in capsys.readouterr().out
+    assert "random routing: error of 128 columns" in capsys.readouterr().out
+
+
+def test_columns_of_another_rank_do_not_pass(check, monkeypatch, capsys):
+    """A reference is cut out of the checkpoint, and not of what was loaded."""
+    stock_load = moe_layers._load
+
+    def shift(case, experts, *args):
+        weights = stock_load(case, experts, *args)
+        experts.w2_weight.data.copy_(weights.w2.roll(1, -1))
+        return weights
+
+    monkeypatch.setattr(moe_layers, "_load", shift)
+    assert check() == 1
+    assert "random routing: error of 128 columns" in capsys.readouterr().out
 
 
 def test_one_wrong_rank_does_not_pass(check, monkeypatch, capsys):
