@@ -46,32 +46,27 @@ def test_the_plugins_layer_passes_in_other_formats(check, name):
     assert check(64, "--config", config) == 0
 
 
-@pytest.mark.parametrize("name", ["w13_weight_scale_inv", "w2_weight_scale_inv"])
-def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys, name):
+def flipped_scales(experts, loaded):
+    scale = experts.w2_weight_scale_inv.data
+    scale.copy_(scale.flip(-1))
+
+
+def columns_from_one_further_on(experts, loaded):
+    experts.w2_weight.data.copy_(loaded.w2.roll(1, -1))
+
+
+@pytest.mark.parametrize("change", [flipped_scales, columns_from_one_further_on])
+def test_what_is_loaded_wrong_does_not_pass(check, monkeypatch, capsys, change):
+    """The reference is cut out of the checkpoint, and not of what was loaded."""
     stock_load = moe_layers._load
 
-    def swap_blocks(case, experts, *args):
+    def load(case, experts, *args):
         weights = stock_load(case, experts, *args)
-        scale = getattr(experts, name).data
-        scale.copy_(scale.flip(-1))
+        change(experts, weights)
         return weights
 
-    monkeypatch.setattr(moe_layers, "_load", swap_blocks)
-    assert check() == 1
-    assert "random routing: error of 128 columns" in capsys.readouterr().out
-
-
-def test_columns_of_another_rank_do_not_pass(check, monkeypatch, capsys):
-    """A reference is cut out of the checkpoint, and not of what was loaded."""
-    stock_load = moe_layers._load
-
-    def shift(case, experts, *args):
-        weights = stock_load(case, experts, *args)
-        experts.w2_weight.data.copy_(weights.w2.roll(1, -1))
-        return weights
-
-    monkeypatch.setattr(moe_layers, "_load", shift)
-    assert check() == 1
+    monkeypatch.setattr(moe_layers, "_load", load)
+    assert check(16, "--columns", "ours") == 1
     assert "random routing: error of 128 columns" in capsys.readouterr().out
 
 
