@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -30,35 +29,25 @@ def written(source: Path, directory: Path, **sizes: int) -> Path:
     return directory
 
 
-@pytest.fixture
-def prompts() -> list[list[int]]:
-    draw = random.Random(0)
-    return [[draw.randrange(3, 4096) for _ in range(n)] for n in (4, 64, 64)]
-
-
 def engine(checkpoint: Path, **arguments) -> dict:
     return {"model": str(checkpoint), "max_model_len": 128, **arguments}
 
 
 # vLLM 0.32's runner for CPUs has no pipelines where it does not compile.
 @pytest.mark.skipif(IS_PLAIN_TORCH, reason="plain torch is not for torch.compile")
-def test_pipeline_parallel(prompts, tmp_path, tmp_path_factory):
+def test_pipeline_parallel(checkpoint, prompts, expected, tmp_path):
     """A layer and two ranks a stage, each of which says what it holds."""
-    checkpoint = tmp_path_factory.mktemp("checkpoint")
-    written(QWEN3_MOE, checkpoint, moe_intermediate_size=384)
-    batches = [[prompt] for prompt in prompts]
     stages = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
     stages = engine(checkpoint, enforce_eager=False, **stages)
-    stock, patched = (
-        engine_process.run(process, batches, tmp_path, START_SECONDS)
-        for process in (
-            EngineProcess("stock TP 1", engine(checkpoint)),
-            EngineProcess("two stages", stages, patched=True),
-        )
+    patched = engine_process.run(
+        EngineProcess("two stages", stages, patched=True),
+        [[prompt] for prompt in prompts],
+        tmp_path,
+        START_SECONDS,
     )
     assert patched.scores, patched.error
     assert "1 MoE layers, 384 / TP 2 = 192 padded to 256" in patched.padding
-    gap = comparison.difference(stock.scores, patched.scores)
+    gap = comparison.difference(expected, patched.scores)
     assert gap.within(comparison.limits(CONTROL)), gap
 
 
