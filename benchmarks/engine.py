@@ -122,6 +122,10 @@ WAYS = {
 class RowFailed(Exception):
     """A process ended without a result; the message is the first line of why."""
 
+    def __init__(self, why: str, log: str = ""):
+        super().__init__(why)
+        self.log = log
+
 
 def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
@@ -197,8 +201,12 @@ def spec_of(model: Model, mode: str, way: str, **measures: Any) -> dict[str, Any
     return {"tp_size": tp_size, "rank": RANK, "engine": engine, **measures}
 
 
-def _process(spec: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
-    """Return what a process of ``engine_row`` finds out.
+def process(
+    spec: dict[str, Any],
+    variables: dict[str, str],
+    module: str = "benchmarks.engine_row",
+) -> dict[str, Any]:
+    """Return what a process of a module finds out.
 
     Raises:
         RowFailed: It ended without a result, or did not end.
@@ -207,7 +215,7 @@ def _process(spec: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "spec.json", Path(folder) / "out.json"
         given.write_text(json.dumps(spec))
-        command = [sys.executable, "-m", "benchmarks.engine_row", given, found]
+        command = [sys.executable, "-m", module, given, found]
         # A message may hold what the terminal would not show.
         with open(Path(folder) / "log", "w+", errors="replace") as log:
             try:
@@ -223,7 +231,8 @@ def _process(spec: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
             if found.is_file():
                 return json.loads(found.read_text())
             log.seek(0)
-            raise RowFailed(_reason(log.read()))
+            text = log.read()
+            raise RowFailed(_reason(text), text)
 
 
 def _reason(log: str) -> str:
@@ -278,7 +287,7 @@ def _logits(model: Model, way: str, folder: str) -> "torch.Tensor | str":
     spec["engine"].update(model=folder, gpu_memory_utilization=0.3)
     print(f"{model.name}: logits of {way} ...", flush=True)
     try:
-        _process(spec, WAYS[way].environment)
+        process(spec, WAYS[way].environment)
     except RowFailed as error:
         return str(error)
     return torch.load(out)
@@ -318,7 +327,7 @@ def _random_weights(
         (Path(folder) / "config.json").write_text(json.dumps(model.config(layers)))
         dummy = {"load_format": "dummy", "gpu_memory_utilization": 0.85}
         spec["engine"].update(model=folder, **dummy)
-        return _process(spec, {**RANDOM_ROUTING, **WAYS[way].environment})
+        return process(spec, {**RANDOM_ROUTING, **WAYS[way].environment})
 
 
 def _measure(

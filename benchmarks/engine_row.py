@@ -3,6 +3,7 @@
 ``python -m benchmarks.engine_row SPEC OUT`` reads a JSON object, and writes another.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -47,7 +48,7 @@ class Engine:
     def model(self) -> torch.nn.Module:
         return self.runner.model
 
-    def add(self, length: int, tokens: int) -> None:
+    def add(self, length: int, tokens: int, lora: Any = None) -> None:
         """Ask for ``tokens`` after a prompt of ``length`` that no other starts with."""
         from vllm import SamplingParams
 
@@ -60,7 +61,9 @@ class Engine:
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
         )
         prompt = {"prompt_token_ids": ids}
-        self.llm.llm_engine.add_request(str(self.requests), prompt, sampling)
+        self.llm.llm_engine.add_request(
+            str(self.requests), prompt, sampling, lora_request=lora
+        )
 
     def step(self) -> tuple[float, int]:
         """Return a step's seconds, and how many sequences got a token."""
@@ -68,10 +71,10 @@ class Engine:
         outputs = self.llm.llm_engine.step()
         return time.perf_counter() - started, len(outputs)
 
-    def serve(self, prompts: list[int], tokens: int) -> None:
+    def serve(self, prompts: list[int], tokens: int, lora: Any = None) -> None:
         """Serve prompts of these lengths to the end."""
         for length in prompts:
-            self.add(length, tokens)
+            self.add(length, tokens, lora)
         for _ in self.steps():
             pass
 
@@ -82,18 +85,8 @@ class Engine:
 
 
 def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Build ``LLM(**spec["engine"])`` as a rank, and measure what the spec names."""
-    rank = spec["tp_size"], spec["rank"]
-    import vllm
-
-    plugin.register()
-    engine_is_rank_of(*rank)
-    started = time.monotonic()
-    llm = vllm.LLM(**spec["engine"])
-    seconds = time.monotonic() - started
-    vocab_size = llm.llm_engine.model_config.get_vocab_size()
-    engine = Engine(llm, vocab_size)
-    say(f"engine is up after {seconds:.0f} s")
+    """Start a spec's engine, and measure what the spec names."""
+    engine, seconds = start(spec)
     if "logits" in spec:
         torch.save(logits(engine), spec["logits"])
     for length in spec.get("sweep", ()):
@@ -113,6 +106,20 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
     return {"experts": experts_of(engine.model), "rows": [m for m in measured if m]}
 
 
+def start(spec: dict[str, Any]) -> tuple[Engine, float]:
+    """Build ``LLM(**spec["engine"])`` as a rank; return it, and the seconds it took."""
+    rank = spec["tp_size"], spec["rank"]
+    import vllm
+
+    plugin.register()
+    engine_is_rank_of(*rank)
+    started = time.monotonic()
+    llm = vllm.LLM(**spec["engine"])
+    seconds = time.monotonic() - started
+    say(f"engine is up after {seconds:.0f} s")
+    return Engine(llm, llm.llm_engine.model_config.get_vocab_size()), seconds
+
+
 def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
@@ -121,7 +128,10 @@ def experts_of(model: torch.nn.Module) -> str:
     """Name the class that runs the routed experts, and how many columns it has."""
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if kernel := getattr(method, "experts_cls", None):
+        # LoRA puts another one around it, and around the layer.
+        method = getattr(method, "old_quant_method", method)
+        kernel = getattr(method, "experts_cls", None)
+        if kernel and hasattr(module, "w2_weight"):
             return f"{kernel.__name__} {module.w2_weight.shape[-1]}"
     return ""
 
@@ -222,6 +232,15 @@ def called(engine: Engine, length: int) -> dict[str, Any]:
 
 def logits(engine: Engine) -> torch.Tensor:
     """Return the logits of prompts' last tokens: float32 ``[prompts, vocabulary]``."""
+    with noted_logits(engine) as found:
+        for length in CHECKED_PROMPTS:
+            engine.serve([length], tokens=1)
+    return torch.cat(found)
+
+
+@contextlib.contextmanager
+def noted_logits(engine: Engine) -> Iterator[list[torch.Tensor]]:
+    """Give a list that gets each step's logits: float32 ``[rows, vocabulary]``."""
     found: list[torch.Tensor] = []
     stock = type(engine.model).compute_logits
 
@@ -231,9 +250,7 @@ def logits(engine: Engine) -> torch.Tensor:
         return out
 
     with mock.patch.object(type(engine.model), "compute_logits", compute_logits):
-        for length in CHECKED_PROMPTS:
-            engine.serve([length], tokens=1)
-    return torch.cat(found)
+        yield found
 
 
 def main(spec: str, out: str) -> None:

@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 
 from benchmarks import graph_timing, linear_in_model
-from benchmarks.linear_cases import CASES, Case, Quantized, kernel_of
+from benchmarks.linear_cases import CASES, Case, Quantized, kernel_of, method_of
 from benchmarks.linear_reference import Arithmetic, expected, of_fp8_values
 from benchmarks.one_rank import rank_of
 from benchmarks.quantized import (
@@ -219,7 +219,7 @@ def _loaded(run: Run, case: Case, tensors: list[Quantized], rank: int):
 
 
 def _is_padded(layer: torch.nn.Module) -> bool:
-    return hasattr(layer.quant_method, "layout")
+    return hasattr(method_of(layer), "layout")
 
 
 def _activations(run: Run, case: Case, rank: int, tokens: int, layer, seed: int = 0):

@@ -124,13 +124,17 @@ class Case:
         return [Quantized.random(*shape, generator) for shape in shapes]
 
 
+def method_of(layer: torch.nn.Module):
+    """Return the layer's method; of INC's, the one that its scheme wraps."""
+    method = layer.quant_method
+    return getattr(getattr(method, "scheme", None), "linear_method", method)
+
+
 def kernel_of(layer: torch.nn.Module):
     """Return the kernel that vLLM chose, wherever a format keeps it."""
-    method, scheme = layer.quant_method, getattr(layer, "scheme", None)
-    wrapped = getattr(getattr(method, "scheme", None), "linear_method", None)
     kernels = (
         getattr(owner, name, None)
-        for owner in (method, scheme, wrapped)
+        for owner in (method_of(layer), getattr(layer, "scheme", None))
         for name in ("fp8_linear", "linear_kernel", "kernel")
     )
     return next(kernel for kernel in kernels if kernel is not None)

@@ -1,5 +1,7 @@
 """Real vLLM experts of one rank with random weights, and their fp32 reference."""
 
+import functools
+import itertools
 import os
 from dataclasses import dataclass
 from unittest import mock
@@ -8,6 +10,7 @@ import torch
 
 from benchmarks import checkpoint as checkpoints
 from benchmarks.checkpoint import Checkpoint
+from benchmarks.linear_cases import Quantized
 from benchmarks.moe_cases import Case
 from benchmarks.one_rank import rank_of
 from benchmarks.quantized import (
@@ -21,6 +24,8 @@ from benchmarks.quantized import (
 
 # Of ``swiglustep`` in vLLM's Triton experts.
 STEP_LIMIT = 7.0
+# Where vLLM keeps a checkpoint's gate, down and up.
+SHARDS = {"w1": "w13_weight", "w2": "w2_weight", "w3": "w13_weight"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def _rounds_scales(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Weights:
-    """A layer's parameters before vLLM prepares them for its kernel.
+    """A layer's weights before vLLM prepares them for its kernel.
 
     Attributes:
         w13: FP8 ``[experts, 2 * columns, hidden]``, gate then up.
@@ -265,7 +270,8 @@ class Layer:
         with mock.patch.dict(os.environ, VLLM_FP8_TP_PADDING=what.padding):
             with self.rank(), device:
                 self.experts = _routed_experts(case, what, checkpoint)
-            self.weights = _fill(self.experts, case, what, seed, checkpoint)
+            fill = _fill if what.is_stock else functools.partial(_load, case)
+            self.weights = fill(self.experts, what, seed, checkpoint)
             with self.rank():
                 method = self.experts.quant_method
                 method.process_weights_after_loading(self.experts)
@@ -323,22 +329,54 @@ def _routed_experts(
     return getattr(layer, "routed_experts", layer)
 
 
-def _fill(
-    experts, case: Case, what: Implementation, seed: int, checkpoint: Checkpoint
-) -> Weights:
-    """Give a layer random weights as a checkpoint would hold them."""
+def _fill(experts, what: Implementation, seed: int, checkpoint: Checkpoint) -> Weights:
+    """Give a layer random weights, as stock would load them."""
     w13, w2 = experts.w13_weight.data, experts.w2_weight.data
-    w13_scale, w2_scale = (
+    scales = [
         checkpoint.scales(experts, weight).data
         for weight in ("w13_weight", "w2_weight")
-    )
-    scales = w13_scale, w2_scale
+    ]
     generator = torch.Generator(w13.device).manual_seed(seed)
     for expert in (*w13, *w2):
         expert.copy_(normal(*expert.shape, generator=generator).to(FP8))
     for scale in scales:
         scale.copy_(random_scales(*scale.shape, generator=generator))
-    if what.is_stock:
-        return Weights(w13, w2, *scales, lead=0)
-    lead = case.shard_of(what.rank).lead
-    return Weights(w13, w2, *scales, lead=lead)
+    return Weights(w13, w2, *scales, lead=0)
+
+
+def _load(
+    case: Case, experts, what: Implementation, seed: int, checkpoint: Checkpoint
+) -> Weights:
+    """Load a random checkpoint; return the rank's part, cut out of it here."""
+    device, part = experts.w13_weight.device, case.shard_of(what.rank)
+    generator = torch.Generator(device).manual_seed(seed)
+    size, hidden = part.size, case.hidden
+    first, blocks, groups = part.start // BLOCK, part.span // BLOCK, hidden // BLOCK
+    codes, scales = {"dtype": FP8}, {"dtype": torch.float32}
+    weights = Weights(
+        torch.empty(case.experts, 2 * size, hidden, device=device, **codes),
+        torch.empty(case.experts, hidden, size, device=device, **codes),
+        torch.empty(case.experts, 2 * blocks, groups, device=device, **scales),
+        torch.empty(case.experts, groups, blocks, device=device, **scales),
+        lead=part.lead,
+    )
+    mine, mine_scales = (
+        slice(part.start, part.start + size),
+        slice(first, first + blocks),
+    )
+    for expert, (shard, name) in itertools.product(range(case.experts), SHARDS.items()):
+        is_down, half = name == "w2_weight", shard == "w3"
+        shape = (hidden, case.total) if is_down else (case.total, hidden)
+        tensor = Quantized.random(*shape, generator)
+        for param, loaded in (
+            (getattr(experts, name), tensor.weight),
+            (checkpoint.scales(experts, name), tensor.scale),
+        ):
+            param.weight_loader(param, loaded, f"{name} ({shard})", shard, expert)
+        if is_down:
+            weights.w2[expert] = tensor.weight[:, mine]
+            weights.w2_scale[expert] = tensor.scale[:, mine_scales]
+        else:
+            weights.w13[expert].chunk(2)[half].copy_(tensor.weight[mine])
+            weights.w13_scale[expert].chunk(2)[half].copy_(tensor.scale[mine_scales])
+    return weights

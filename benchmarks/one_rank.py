@@ -47,7 +47,8 @@ def engine_is_rank_of(tp_size: int, rank: int) -> None:
 
     They are built with a group of one. Once that is there, it says that it has
     ``tp_size`` ranks: layers load and compute what this rank would. A sum is this
-    rank's part, and what would be gathered is this rank's, repeated.
+    rank's part, and what would be gathered is this rank's, repeated. So that there is
+    something to compute, any token is taken for one of those that it embeds.
 
     Args:
         tp_size: Tensor-parallel size.
@@ -55,6 +56,9 @@ def engine_is_rank_of(tp_size: int, rank: int) -> None:
 
     """
     from vllm.distributed import parallel_state
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        VocabParallelEmbedding,
+    )
     from vllm.platforms import current_platform
     from vllm.v1.worker import gpu_worker
 
@@ -78,6 +82,14 @@ def engine_is_rank_of(tp_size: int, rank: int) -> None:
 
     for worker in workers:
         worker.init_worker_distributed_environment = init
+    embed = VocabParallelEmbedding.forward
+
+    def embed_own(self, tokens: torch.Tensor) -> torch.Tensor:
+        own = self.shard_indices
+        start, end = own.org_vocab_start_index, own.org_vocab_end_index
+        return embed(self, start + tokens % (end - start))
+
+    VocabParallelEmbedding.forward = embed_own
 
 
 @functools.cache

@@ -131,7 +131,9 @@ def parsed(
         "--config",
         type=Checkpoint.of,
         default=checkpoints.FP8,
-        help="config.json of a checkpoint: its format (default: plain FP8)",
+        metavar="CONFIG",
+        help="format of the checkpoint: its config.json, or one of "
+        f"{', '.join(checkpoints.OTHERS)} (default: plain FP8)",
     )
     add("--csv", help="file for the rows")
     add("--commit", help="commit that is measured, where git cannot tell")

@@ -78,7 +78,7 @@ class Processes:
 @pytest.fixture
 def processes(monkeypatch):
     found = Processes()
-    monkeypatch.setattr(engine, "_process", found)
+    monkeypatch.setattr(engine, "process", found)
     monkeypatch.setattr(engine, "_write_small", lambda model, folder: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
@@ -190,7 +190,7 @@ def test_a_log_says_why():
 
 def test_a_process_that_fails_is_told_by_its_last_error():
     with pytest.raises(engine.RowFailed, match="KeyError: 'tp_size'"):
-        engine._process({"rank": 1}, {})
+        engine.process({"rank": 1}, {})
 
 
 class Stepped:
@@ -204,7 +204,7 @@ class Stepped:
             scheduler_config=scheduler, cache_config=cache
         )
 
-    def add_request(self, name, prompt, sampling):
+    def add_request(self, name, prompt, sampling, lora_request):
         self.waiting.append([len(prompt["prompt_token_ids"]), sampling.max_tokens])
 
     def has_unfinished_requests(self):

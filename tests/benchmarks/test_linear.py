@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import linear
+from benchmarks.checkpoint import OTHERS
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, of_fp8_values
 from benchmarks.run import Rows
@@ -34,11 +35,12 @@ def test_padded_layers_pass(check):
     assert check() == 0
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "quark", "modelopt"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "quark", "modelopt", "inc"])
 def test_padded_layers_of_other_formats_pass(check, name):
     if not FORMATS[name].is_in_release:
         pytest.skip(f"this release has no {name} in FP8 blocks")
-    assert check("--config", str(FORMATS[name].path)) == 0
+    config = name if name in OTHERS else str(FORMATS[name].path)
+    assert check("--config", config) == 0
 
 
 def test_a_lead_of_zero_does_not_pass(check, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import moe, moe_layers
+from benchmarks.checkpoint import OTHERS
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
@@ -60,27 +61,36 @@ def test_the_reference_activates_as_vllm_does(name):
     torch.testing.assert_close(torch.mul(*factors), expected)
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "quark"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "quark", "modelopt-mixed"])
 def test_the_plugins_layer_passes_in_other_formats(check, name):
     if not FORMATS[name].is_in_release:
         pytest.skip(f"this release has no {name} in FP8 blocks")
-    assert check(64, "--config", str(FORMATS[name].path)) == 0
+    config = name if name in OTHERS else str(FORMATS[name].path)
+    assert check(64, "--config", config) == 0
 
 
-def test_scales_of_another_block_do_not_pass(check, monkeypatch, capsys):
-    stock_fill = moe_layers._fill
+def flipped_scales(experts, loaded):
+    scale = experts.w2_weight_scale_inv.data
+    scale.copy_(scale.flip(-1))
 
-    def swap_blocks(experts, case, what, seed):
-        weights = stock_fill(experts, case, what, seed)
-        if what.is_stock:
-            return weights
-        kept = {**vars(weights), "w2_scale": weights.w2_scale.clone()}
-        experts.w2_weight_scale_inv.data.copy_(weights.w2_scale.flip(-1))
-        return Weights(**kept)
 
-    monkeypatch.setattr(moe_layers, "_fill", swap_blocks)
-    assert check() == 1
-    assert "PROBLEM" in capsys.readouterr().out
+def columns_from_one_further_on(experts, loaded):
+    experts.w2_weight.data.copy_(loaded.w2.roll(1, -1))
+
+
+@pytest.mark.parametrize("change", [flipped_scales, columns_from_one_further_on])
+def test_what_is_loaded_wrong_does_not_pass(check, monkeypatch, capsys, change):
+    """The reference is cut out of the checkpoint, and not of what was loaded."""
+    stock_load = moe_layers._load
+
+    def load(case, experts, *args):
+        weights = stock_load(case, experts, *args)
+        change(experts, weights)
+        return weights
+
+    monkeypatch.setattr(moe_layers, "_load", load)
+    assert check(16, "--columns", "ours") == 1
+    assert "random routing: error of 128 columns" in capsys.readouterr().out
 
 
 def test_one_wrong_rank_does_not_pass(check, monkeypatch, capsys):

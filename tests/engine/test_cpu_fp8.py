@@ -12,6 +12,7 @@ import vllm_patch
 from vllm_patch.cli.cpu_fp8 import operators
 
 AVX2_ONLY = (Path(__file__).parent / "avx2_only" / "sitecustomize.py").read_text()
+CHECK = "vllm_patch.cli.cpu_fp8.check"
 OPERATORS = "from vllm_patch.cli.cpu_fp8 import operators"
 ASKS = f"{OPERATORS}; operators.install()"
 # Of modules that import it, and do not run as parity's engine.
@@ -36,6 +37,7 @@ linear = CPUFp8BlockScaledMMKernel.is_supported
 assert torch.cpu._is_amx_tile_supported() == asked, "the attention asks, too"
 print("checks:", experts(), linear()[0], hasattr(experts, "__wrapped__"))
 """
+CHECKED_AGAIN = f"{ELSEWHERE}print('elsewhere:', experts(), linear()[0])"
 
 
 def checks(*lines: str, **env) -> tuple[str, str]:
@@ -47,32 +49,32 @@ def checks(*lines: str, **env) -> tuple[str, str]:
 
     """
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join([*lines, CHECKS])],
+        [sys.executable, "-c", "\n".join([*lines, CHECKS, CHECKED_AGAIN])],
         env={**os.environ, **env},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1], done.stdout + done.stderr
+    *_, found, _ = done.stdout.splitlines()
+    return found, done.stdout + done.stderr
 
 
-def check(folder: Path, *changes: str) -> subprocess.CompletedProcess:
-    """Run the check in a Python that starts with ``changes``."""
+def check(folder: Path, *changes: str, code: str = "") -> subprocess.CompletedProcess:
+    """Run the check, or other code, in a Python that starts with ``changes``."""
     (folder / "sitecustomize.py").write_text("\n".join(changes))
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", "vllm_patch.cli.cpu_fp8.check"],
+        [sys.executable, *(["-c", code] if code else ["-m", CHECK])],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
 
 
-@pytest.mark.parametrize("lines", [(), (IMPORTS,)], ids=str)
-def test_a_process_that_does_not_ask_is_left_as_it_is(lines):
-    """As ``vllm serve`` is: vLLM's checks for AMX stand."""
+def test_a_process_that_does_not_ask_is_left_as_it_is():
+    """As ``vllm serve`` is, whatever it imports: vLLM's checks for AMX stand."""
     has_amx = torch.cpu._is_amx_tile_supported()
-    found, log = checks(*lines)
+    found, log = checks(IMPORTS)
     assert found == f"checks: {has_amx} {has_amx} False"
     assert SAYS not in log
 
@@ -92,19 +94,13 @@ def test_only_the_question_for_amx_is_answered_and_that_is_said():
     found, log = checks(ASKS)
     assert found == "checks: True True True"
     assert f"{SAYS}{operators.choose()}" in log
-    assert checks(ASKS, ELSEWHERE)[0] == "checks: False True True"
+    assert "elsewhere: False True" in log
 
 
 def test_this_cpus_operators_are_right(tmp_path):
     done = check(tmp_path)
     assert done.returncode == 0, done.stderr
     assert (operators.choose() or "") in done.stderr
-
-
-def test_a_cpu_without_operators_gets_plain_torch(tmp_path):
-    done = check(tmp_path, AVX2_ONLY)
-    assert done.returncode == 0, done.stderr
-    assert operators.PLAIN_TORCH in done.stderr
 
 
 @pytest.mark.skipif(not operators.choose(), reason="this CPU has AMX")
@@ -122,30 +118,49 @@ def test_operators_that_are_missing_are_not_replaced(tmp_path):
     assert "ImportError: vLLM's operators convert_weight_packed, fp8_" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("wrong", "name", "tokens"),
-    [
-        ("scaled_mm", "fp8_scaled_mm_cpu", 1),
-        ("scaled_mm", "fp8_scaled_mm_cpu", 5),
-        ("_fused_experts", "fused_experts_cpu", 4),
-    ],
-)
-def test_a_wrong_operator_is_noticed(tmp_path, wrong, name, tokens):
-    """Off by 2 % for one number of tokens: a block's scale would be by a factor."""
-    spoil = f"""
-def _spoil(module):
-    right = module.{wrong}
+# Off by 2 % for one number of tokens: a block's scale would be by a factor.
+SPOIL = """
+WRONG = ["", 0]
+
+def _spoil(module, name):
+    right = getattr(module, name)
     def spoilt(*args):
         out = right(*args)
         x = args[0]["hidden_states"] if isinstance(args[0], dict) else args[0]
-        factor = 1.02 if len(x) == {tokens} else 1
+        factor = 1.02 if [name, len(x)] == WRONG else 1
         if out is None:
             return args[0]["out"].mul_(factor)
         return out * factor
-    module.{wrong} = spoilt
+    setattr(module, name, spoilt)
 
-wrapt.register_post_import_hook(_spoil, "vllm_patch.cli.cpu_fp8.plain_torch")
+def spoil(module):
+    _spoil(module, "scaled_mm")
+    _spoil(module, "_fused_experts")
+
+wrapt.register_post_import_hook(spoil, "vllm_patch.cli.cpu_fp8.plain_torch")
 """
-    done = check(tmp_path, AVX2_ONLY, spoil)
-    assert done.returncode == 1
-    assert f"{name} is wrong on this CPU: of {tokens} tokens, a row is" in done.stderr
+CHECK_EACH = """
+import sitecustomize
+from vllm_patch.cli.cpu_fp8 import check, operators
+operators.install()
+import vllm._custom_ops
+check.run()
+for sitecustomize.WRONG[:] in {wrong}:
+    try:
+        check.run()
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_a_cpu_without_operators_gets_plain_torch(tmp_path):
+    """Which is right, and where it were not, is noticed: which, of how many tokens."""
+    wrong = [["scaled_mm", 1], ["scaled_mm", 5], ["_fused_experts", 4]]
+    done = check(tmp_path, AVX2_ONLY, SPOIL, code=CHECK_EACH.format(wrong=wrong))
+    assert done.returncode == 0, done.stderr
+    assert operators.PLAIN_TORCH in done.stderr
+    for (function, tokens), line in zip(wrong, done.stdout.splitlines(), strict=True):
+        name = "fused_experts_cpu" if "experts" in function else "fp8_scaled_mm_cpu"
+        assert line.startswith(
+            f"{name} is wrong on this CPU: of {tokens} tokens, a row is"
+        )

@@ -9,9 +9,7 @@ import pytest
 from vllm_patch.cli import engine_process
 from vllm_patch.cli.engine_process import EngineProcess
 
-from .test_serve import START_SECONDS, checkpoint, compiler_cache
-
-__all__ = ["checkpoint", "compiler_cache"]
+from .test_serve import START_SECONDS
 
 # A plugin of vLLM's that ends rank 1 with the first tensor, as the kernel does a
 # process for which there is no memory.
@@ -76,4 +74,6 @@ def test_a_worker_that_is_killed_while_it_loads(
     log = (tmp_path / "patched.log").read_text()
     assert result.error.startswith("Exception: WorkerProc init"), log[-3000:]
     assert result.ended_outside
-    assert not with_mark(mark)
+    # On a busy machine a process that was told to end takes its time.
+    _, alive = psutil.wait_procs(with_mark(mark), timeout=60)
+    assert not alive

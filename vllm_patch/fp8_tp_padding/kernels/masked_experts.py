@@ -188,7 +188,7 @@ def workspace_bytes(num_tokens: int, *sizes) -> int:
 
 @functools.lru_cache
 def _bytes_of_pairs(num_tokens: int, *sizes) -> int:
-    """Most bytes of calls whose pairs are not sorted: where few tokens split along K."""
+    """Most bytes of calls of unsorted pairs, which few tokens may split along K."""
     most = 0
     for fewer in range(1, num_tokens + 1):
         plan = planned(fewer, *sizes)
