@@ -624,6 +624,22 @@ def test_what_nobody_knows_is_said(tmp_path, capsys):
     assert "cannot be told, for what is not known" in out
 
 
+def test_shared_experts_of_hunyuan(tmp_path, capsys):
+    """Which it has with a field that says so; without, nobody knows."""
+    fields = {**config("Hunyuan-A13B *"), "num_hidden_layers": 1}
+    without = {"qkv", "row", "experts"}
+    for is_mixed, kinds in ((True, {*without, "merged"}), (False, without)):
+        fields["use_mixed_mlp_moe"] = is_mixed
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        assert main(["check", str(tmp_path), "-tp", "8", "--json"]) == 0
+        (size,) = json.loads(capsys.readouterr().out)["sizes"]
+        assert {layer["kind"] for layer in size["layers"]} == kinds
+    del fields["use_mixed_mlp_moe"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "8"]) == 2
+    assert "not known: num_shared_expert = 1" in capsys.readouterr().out
+
+
 def test_a_model_that_pads_its_own_layers(tmp_path, capsys):
     """Its type may be that of the whole only."""
     fields = {"model_type": "deepseek_v41", "text_config": config("DeepSeek-V3")}

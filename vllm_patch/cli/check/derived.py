@@ -27,7 +27,9 @@ KNOWN = {
 SHARED = "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"
 EXPERT_PARTS = "gate_proj", "up_proj", "gate_up_proj", "down_proj"
 # Fields of models whose layers are not all made alike, in ways unknown here.
-OTHERS = "use_cla", "num_shared_expert", "hybrid_override_pattern"
+OTHERS = "use_cla", "hybrid_override_pattern"
+# Hunyuan's shared experts, as wide as dense layers, and whether it has them.
+HUNYUAN_SHARED, MIXED_MLP = "num_shared_expert", "use_mixed_mlp_moe"
 
 
 @dataclass
@@ -115,6 +117,8 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
         for key, value in text.items()
         if value and (key in OTHERS or (SIZE.fullmatch(key) and key not in KNOWN))
     ]
+    if text.get(HUNYUAN_SHARED) and MIXED_MLP not in text:
+        model.unknown.append(f"{HUNYUAN_SHARED} = {str(text[HUNYUAN_SHARED])[:40]}")
     model.unknown += [*quantization.untold, *_unplaced(model)]
     return model
 
@@ -181,6 +185,8 @@ def _experts(model: Derived, name: str, experts: int) -> None:
     elif count:
         each = model.size("moe_shared_expert_intermediate_size") or size
         _mlp(model, f"{name}.shared_experts", count * each)
+    elif model.text.get(MIXED_MLP) and (count := model.size(HUNYUAN_SHARED)):
+        _mlp(model, f"{name}.shared_mlp", count * model.needed("intermediate_size"))
 
 
 def _dense_layers(model: Derived) -> Iterator[bool]:
