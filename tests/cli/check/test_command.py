@@ -262,10 +262,11 @@ EXPERT = "model.layers.0.mlp.experts.3.down_proj"
                 "quant_method": "modelopt",
                 "quant_algo": "MIXED_PRECISION",
                 "quantized_layers": {
-                    "model.layers.0.self_attn": {"quant_algo": "FP8_PB_WO"}
+                    "model.layers.0.self_attn.o_proj": {"quant_algo": "FP8_PB_WO"},
+                    "model.layers.0.mlp": {"quant_algo": "FP8_PB_WO"},
                 },
             },
-            "quantized_layers: model.layers.0.self_attn",
+            "quantized_layers: model.layers.0.mlp",
         ),
         (
             {

@@ -31,7 +31,7 @@ DESCRIPTION = """\
 Say what tensor parallelism does to a block-FP8 model, before it is loaded: which
 layers are cut inside a quant block, what stock vLLM does with each, and what this
 package does. Reads config.json and the headers of safetensors; needs neither vLLM
-nor torch. Exit code: 0 runs in stock vLLM, 1 needs this package, 2 cannot run,
+nor torch. Exit code: 0 runs in vLLM as it is, 1 needs this package, 2 cannot run,
 cannot be told, or wrong usage; of several sizes, the largest, and with --all
 that of the size to choose."""
 EXAMPLES = """\

@@ -149,10 +149,11 @@ def _placed(listed: dict[str, str], modules: list[str]) -> Iterator[str]:
         parent, _, leaf = module.rpartition(".")
         yield from (f"{parent}.{one}" for one, of in FUSED.items() if leaf in of)
     for name in listed:
-        parent, _, leaf = name.rpartition(".")
-        if name.partition(".experts.")[0] in experts or (
-            parent in experts and leaf in EXPERT_PARTS
-        ):
+        parent, is_child, _ = name.partition(".experts.")
+        if not is_child:
+            parent, _, leaf = name.rpartition(".")
+            is_child = leaf in EXPERT_PARTS
+        if is_child and parent in experts:
             yield name
 
 
