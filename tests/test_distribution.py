@@ -116,6 +116,13 @@ def test_the_version_is_the_tag(environment):
     assert done.stdout == f"{TAG[1:]}\n", done.stderr
 
 
+def test_the_extra_that_check_names(environment):
+    packages = environment.glob("lib/python*/site-packages")
+    (info,) = next(packages).glob("vllm_patch-*.dist-info/METADATA")
+    lines = [line.replace("'", '"') for line in info.read_text().splitlines()]
+    assert 'Requires-Dist: cairosvg; extra == "png"' in lines
+
+
 def test_status_without_vllm(environment):
     done = ran(environment, "status")
     assert done.returncode == 1, done.stderr

@@ -13,6 +13,7 @@ import time
 import psutil
 import pytest
 
+from tests.cli.check import files
 from tests.cli.test_model_config import QWEN3_MOE
 from vllm_patch import plugin, releases
 from vllm_patch.cli import engine_process, parity
@@ -57,14 +58,41 @@ def engine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def model(tmp_path):
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text(QWEN3_MOE.read_text())
-    return directory
+    return files.write(tmp_path / "model", json.loads(QWEN3_MOE.read_text()))
 
 
 def run(model, *arguments) -> int:
     return main(["parity", "--model", str(model), "--tp", "8", *arguments])
+
+
+DAMAGED = "ValueError: layers.0.o_proj.weight_scale_inv holds the scale nan."
+
+
+def test_what_patched_says_of_a_damaged_checkpoint(engine, model, capsys, monkeypatch):
+    """With which stock serves nonsense, so that nothing can be compared."""
+    nonsense = (shifted(float("nan")), None, None)
+    results = {"stock TP 1": nonsense, "patched TP 8": (None, DAMAGED, None)}
+    monkeypatch.setattr(engine, "results", {**engine.results, **results})
+    assert run(model) == 2
+    assert capsys.readouterr().out.endswith(
+        "CANNOT BE JUDGED: the control is inf nats from the baseline, too far to judge "
+        f"by, and patched TP 8 failed: {DAMAGED}\n"
+    )
+
+
+def test_weights_that_no_run_could_load(engine, model, capsys):
+    engine.asked.clear()
+    (weights,) = model.glob("*.safetensors")
+    size = weights.stat().st_size
+    with weights.open("rb+") as opened:
+        opened.truncate(size - 1)
+    assert run(model) == 2
+    assert "does not fit in" in capsys.readouterr().err
+    weights.unlink()
+    assert run(model) == 2
+    assert "holds no weights (*.safetensors). Give the" in capsys.readouterr().err
+    assert not engine.asked
+    assert run(model, "--engine-args", '{"load_format": "dummy"}') == 0
 
 
 def test_parity_holds(engine, model, capsys):
@@ -297,8 +325,7 @@ def test_a_terminated_run_leaves_nothing_behind(tmp_path, number):
     child = tmp_path / "python"
     child.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/engine\nexec sleep 600\n")
     child.chmod(0o755)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(QWEN3_MOE.read_text())
+    files.write(tmp_path / "model", json.loads(QWEN3_MOE.read_text()))
     script = f"""
 import signal, sys
 from vllm_patch import plugin, releases

@@ -29,9 +29,11 @@ def said(capsys):
 
     def run(*arguments) -> tuple[int, dict[str, str]]:
         code = main(["status", *arguments])
-        lines = capsys.readouterr().out.splitlines()
-        rows = {line[:12].strip(): line[12:] for line in lines[: lines.index("")]}
-        return code, {**rows, "all": "\n".join(lines), "last": lines[-1]}
+        out = capsys.readouterr().out
+        # The end of it, which a terminal shows.
+        *_, summary, (last,) = [part.splitlines() for part in out.split("\n\n")]
+        rows = {line[:12].strip(): line[12:] for line in summary}
+        return code, {**rows, "all": out, "last": last}
 
     return run
 

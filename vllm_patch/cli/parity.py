@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_patch import __version__, plugin, releases
 from vllm_patch.cli import UsageError, engine_process, remove
+from vllm_patch.cli.check import checkpoint
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     config_file = args.config or args.model / "config.json"
     config = ModelConfig.read(config_file)
+    if args.model and "load_format" not in args.engine_args:
+        _check_weights(args.model)
     if args.layers:
         config = config.with_layers(args.layers)
     runs = Runs(args, config, _on_cpu())
@@ -157,6 +160,16 @@ def _check(args: argparse.Namespace) -> None:
         )
     if problem := plugin.unsupported(releases.installed()):
         raise UsageError(problem)
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse files that no run could load, half a minute before the first one does."""
+    found = checkpoint.read(str(folder))
+    if not found.tensors and not any(folder.glob("*.bin")):
+        raise UsageError(
+            f"--model {folder} holds no weights (*.safetensors). Give the folder of a "
+            "whole checkpoint, or --config."
+        )
 
 
 def _run_all(

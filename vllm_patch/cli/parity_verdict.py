@@ -33,10 +33,14 @@ class Verdict:
                 return f"{process.label} failed: {result.error}"
         control, patched = self.differences["control"], self.differences.get("patched")
         if not control.is_noise:
-            return (
+            process, result = self.results["patched"]
+            said = (
                 f"the control is {control.mean:.2f} nats from the baseline, too far to "
-                "judge by; try fewer --layers or another --control-tp"
             )
+            # Which may be what makes stock's answers nonsense: a damaged checkpoint.
+            if result.error:
+                return f"{said}judge by, and {process.label} failed: {result.error}"
+            return f"{said}judge by; try fewer --layers or another --control-tp"
         served = [result for _, result in self.results.values() if result.scores]
         operators = {" and ".join(result.operators) for result in served}
         if len(operators) > 1:

@@ -39,12 +39,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print versions, the patch table and what to do; return 0 if vLLM will pad."""
+    """Print the patch table, versions and what to do; return 0 if vLLM will pad."""
     version, built_in = releases.installed(), plugin.built_in()
     rows = _rows(version)
     problem, remedy, remarks = _verdict(version, built_in, args.imports)
+    is_replaced = not (problem or built_in)
+    for patch in PATCHES:
+        _print(patch, patch in rows, is_replaced, remarks.get(patch.name))
     by = "vLLM itself, so the plugin stands down" if built_in else "the plugin"
     supported = f"{releases.SUPPORTED[0]} to {releases.SUPPORTED[-1]}"
+    # Below the long table, where a terminal shows it.
     for name, value in (
         ("vllm-patch", __version__),
         ("vLLM", f"{version}, in {releases.package()}" if version else "not installed"),
@@ -56,9 +60,6 @@ def run(args: argparse.Namespace) -> int:
         ("active", f"no: {problem}" if problem else f"yes, by {by}"),
     ):
         print(f"{name:<12}{value}")
-    is_replaced = not (problem or built_in)
-    for patch in PATCHES:
-        _print(patch, patch in rows, is_replaced, remarks.get(patch.name))
     print(f"\nTo do: {remedy if problem else NOTHING}")
     return 1 if problem else 0
 
@@ -97,15 +98,15 @@ def _gpus() -> list[tuple[str, str]]:
 
 
 def _print(patch: Patch, is_here: bool, is_replaced: bool, remark: str | None) -> None:
-    print(f"\n{patch.name}: {patch.why}")
+    print(f"{patch.name}: {patch.why}")
     if not is_here:
-        print(f"  not in this vLLM: vLLM {patch.since} is the first that has it")
+        print(f"  not in this vLLM: vLLM {patch.since} is the first that has it\n")
         return
     print(f"  {'replaces' if is_replaced else 'would replace'}  {patch.target}")
     if remark:
         print(f"  but       {remark}")
     print(f"  until     {patch.until}")
-    print(f"  see       {patch.link}")
+    print(f"  see       {patch.link}\n")
 
 
 def _refusal(version: str | None, built_in: str | None) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from .known_models import QUANTIZATION, config
 
 MODELS = Path(__file__).parents[2] / "models"
 QWEN = str(MODELS / "qwen3_moe_1536.json")
+PER_TENSOR = {"quant_method": "fp8", "activation_scheme": "static"}
 NOT_NEEDED = "vllm", "torch", "transformers", "psutil", "huggingface_hub", "safetensors"
 
 
@@ -82,11 +83,20 @@ def test_wrong_usage(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_what_was_drawn_is_said(tmp_path, capsys):
+    file = tmp_path / "cut.svg"
+    asked = [QWEN, "-tp", "8", "--vllm-version", "0.33.0", "--json"]
+    assert main(["check", *asked, "--plot", str(file)]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"{file}: how TP 8 cuts model.layers.*.mlp.experts\n"
+    assert json.loads(said.out) and file.is_file()
+
+
 @pytest.mark.parametrize(
     ("quantization", "code", "says"),
     [
         (None, 0, "unquantized: no weights in FP8 blocks"),
-        ({"quant_method": "fp8"}, 0, "fp8: no weights in FP8 blocks"),
+        (PER_TENSOR, 0, "fp8: no weights in FP8 blocks"),
         ({"quant_method": "awq"}, 2, "awq: no weights in FP8 blocks that"),
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
@@ -152,13 +162,32 @@ def test_block_scales_of_a_config_without_blocks(tmp_path, capsys):
     """Which would be loaded as scales of whole tensors."""
     fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
     folder = files.write(tmp_path / "model", fields)
-    fields["quantization_config"] = {"quant_method": "fp8"}
+    fields["quantization_config"] = PER_TENSOR
     (folder / "config.json").write_text(json.dumps(fields))
     assert main(["check", str(folder), "-tp", "4"]) == 2
     assert "in blocks of None (by config.json's fp8)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quantization", [None, {"quant_method": "fp8"}])
+def test_layers_without_blocks_of_a_config_with_them(tmp_path, capsys):
+    """There are block scales for each of vLLM's; those of drafts do not count."""
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 1}
+    folder = files.write(tmp_path / "model", fields)
+    tensors = files.tensors_of(fields)
+    draft = "model.layers.1.mlp.up_proj"
+    tensors[f"{draft}.weight"] = Tensor("F8_E4M3", (256, 256), "")
+    tensors[f"{draft}.weight_scale"] = Tensor("F32", (), "")
+    files.write_file(folder / "model.safetensors", tensors)
+    asked = ["check", str(folder), "-tp", "2", "--vllm-version", "0.28.0"]
+    assert main(asked) == 0
+    tensors["model.layers.0.self_attn.o_proj.weight_scale_inv"] = Tensor("F32", (), "")
+    files.write_file(folder / "model.safetensors", tensors)
+    capsys.readouterr()
+    assert main(asked) == 2
+    error = capsys.readouterr().err
+    assert "o_proj.weight_scale_inv in model.safetensors is per tensor, but" in error
+
+
+@pytest.mark.parametrize("quantization", [None, PER_TENSOR])
 @pytest.mark.parametrize(
     ("change", "tp", "says"),
     [
@@ -233,10 +262,11 @@ EXPERT = "model.layers.0.mlp.experts.3.down_proj"
                 "quant_method": "modelopt",
                 "quant_algo": "MIXED_PRECISION",
                 "quantized_layers": {
-                    "model.layers.0.mlp.gate_proj": {"quant_algo": "FP8_PB_WO"}
+                    "model.layers.0.self_attn.o_proj": {"quant_algo": "FP8_PB_WO"},
+                    "model.layers.0.mlp": {"quant_algo": "FP8_PB_WO"},
                 },
             },
-            "quantized_layers: model.layers.0.mlp.gate_proj",
+            "quantized_layers: model.layers.0.mlp",
         ),
         (
             {
@@ -310,6 +340,32 @@ def test_what_config_json_alone_does_not_tell(tmp_path, capsys, quantization, un
             )
             for name in ("FP8_PB_WO", "fp8_block_scales")
         ),
+        # The first of their siblings, where nothing names experts.
+        (
+            {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "quantized_layers": {
+                    "model.layers.0.mlp.gate_proj": {"quant_algo": "FP8_PB_WO"},
+                    "model.layers.0.mlp.down_proj": {"quant_algo": "NVFP4"},
+                },
+            },
+            ["experts"],
+        ),
+        # One shard speaks for those that vLLM merges with it; or the merged name.
+        *(
+            (
+                {
+                    "quant_method": "modelopt",
+                    "quant_algo": "MIXED_PRECISION",
+                    "quantized_layers": {
+                        f"model.layers.0.self_attn.{name}": {"quant_algo": "FP8_PB_WO"}
+                    },
+                },
+                ["qkv"],
+            )
+            for name in ("k_proj", "qkv_proj")
+        ),
         # Experts' own entry comes first, wherever it is.
         (
             {
@@ -344,6 +400,14 @@ def test_what_config_json_leaves_out(tmp_path, capsys, quantization, kinds):
         (
             {**QUANTIZATION, "activation_scheme": "static"},
             "activation_scheme 'static': with blocks vLLM takes 'dynamic' alone",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "no activation_scheme, without which vLLM does not start",
+        ),
+        (
+            {"quant_method": "fp8", "activation_scheme": None},
+            "activation_scheme None: vLLM takes ('static', 'dynamic')",
         ),
         (
             {"quant_method": "modelopt", "quant_algo": "FP8_BLOCK_SCALES"},
@@ -385,7 +449,7 @@ def test_a_variable_that_stops_vllm(capsys, monkeypatch):
 
 
 FORMATS = {
-    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "fp8": QUANTIZATION,
     "compressed-tensors": json.loads(
         (MODELS / "qwen3_moe_1536_compressed_tensors.json").read_text()
     )["quantization_config"],
@@ -561,6 +625,22 @@ def test_what_nobody_knows_is_said(tmp_path, capsys):
     assert "cannot be told, for what is not known" in out
 
 
+def test_shared_experts_of_hunyuan(tmp_path, capsys):
+    """Which it has with a field that says so; without, nobody knows."""
+    fields = {**config("Hunyuan-A13B *"), "num_hidden_layers": 1}
+    without = {"qkv", "row", "experts"}
+    for is_mixed, kinds in ((True, {*without, "merged"}), (False, without)):
+        fields["use_mixed_mlp_moe"] = is_mixed
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        assert main(["check", str(tmp_path), "-tp", "8", "--json"]) == 0
+        (size,) = json.loads(capsys.readouterr().out)["sizes"]
+        assert {layer["kind"] for layer in size["layers"]} == kinds
+    del fields["use_mixed_mlp_moe"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert main(["check", str(tmp_path), "-tp", "8"]) == 2
+    assert "not known: num_shared_expert = 1" in capsys.readouterr().out
+
+
 def test_a_model_that_pads_its_own_layers(tmp_path, capsys):
     """Its type may be that of the whole only."""
     fields = {"model_type": "deepseek_v41", "text_config": config("DeepSeek-V3")}
@@ -609,12 +689,46 @@ def test_the_table(capsys, monkeypatch):
     monkeypatch.setattr(command, "_installed", lambda: "0.33.0")
     assert main(["check", QWEN, "--all"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    sizes = [int(line[2:5]) for line in lines[1:-1]]
+    sizes = [int(line[2:5]) for line in lines[1:-2]]
     assert sizes == [1, 2, 4, 8]
     (marked,) = (line for line in lines if line.startswith(">"))
     assert int(marked[2:5]) == 8
+    said = "Left out, as they do not divide the model"
+    assert lines[-1] == f"{said}: 3, 5-7, 9-64 (num_attention_heads 8)."
     assert main(["check", QWEN, "--all", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["code"] == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["code"] == 0 and "heads (8)" in found["left_out"]["3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "says"),
+    [
+        ("fp8", [], 0, "runs in this vLLM, which has the padding built in"),
+        # That pads nothing else; and a release that is named is the published one.
+        ("compressed-tensors", [], 2, "left (what is built into this vLLM pads plain"),
+        ("fp8", ["--vllm-version", "0.28.0"], 1, "needs this package"),
+    ],
+)
+def test_a_vllm_with_the_padding_built_in(
+    tmp_path, capsys, monkeypatch, name, arguments, code, says
+):
+    monkeypatch.setattr(command.plugin, "built_in", lambda: "built in")
+    monkeypatch.setattr(command.releases, "installed", lambda: "0.28.0+cpu")
+    fields = {**config("Qwen3-30B-A3B"), "num_hidden_layers": 2}
+    fields["quantization_config"] = FORMATS[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    asked = ["check", str(tmp_path), "-tp", "4", *arguments]
+    assert main(asked) == code
+    assert says in capsys.readouterr().out
+    assert main([*asked, "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["built_in"] == (not arguments)
+
+
+def test_an_installed_vllm_that_nobody_knows(capsys, monkeypatch):
+    monkeypatch.setattr(command.releases, "installed", lambda: "0.28.1.dev7")
+    assert main(["check", QWEN, "-tp", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "vLLM 0.28.1.dev7 is installed, of which check knows nothing" in error
 
 
 def test_neither_vllm_nor_torch():

@@ -34,7 +34,7 @@ def both(fields: dict, tmp_path):
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         # Too small for blocks, so in 16 bits in all checkpoints.
-        is_small = module.endswith(("in_proj_ba", "shared_expert_gate"))
+        is_small = module.endswith(("in_proj_ba", "shared_expert_gate", "gate.wg"))
         if module not in linear or not how.takes(module) or is_small:
             continue
         scale = (

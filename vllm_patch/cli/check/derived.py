@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_patch.cli import UsageError
 from vllm_patch.cli.check.checkpoint import Tensor
-from vllm_patch.cli.check.quantization import Quantization, parts
+from vllm_patch.cli.check.quantization import FUSED, IN_BLOCKS, Quantization
 from vllm_patch.cli.model_config import EXPERTS, SIZE
 
 # Most that a field may say, so that nobody waits for nonsense.
@@ -25,8 +25,11 @@ KNOWN = {
     "intermediate_size_per_layer_input",
 }
 SHARED = "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"
+EXPERT_PARTS = "gate_proj", "up_proj", "gate_up_proj", "down_proj"
 # Fields of models whose layers are not all made alike, in ways unknown here.
-OTHERS = "use_cla", "num_shared_expert", "hybrid_override_pattern"
+OTHERS = "use_cla", "hybrid_override_pattern"
+# Hunyuan's shared experts, as wide as dense layers, and whether it has them.
+HUNYUAN_SHARED, MIXED_MLP = "num_shared_expert", "use_mixed_mlp_moe"
 
 
 @dataclass
@@ -114,6 +117,8 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
         for key, value in text.items()
         if value and (key in OTHERS or (SIZE.fullmatch(key) and key not in KNOWN))
     ]
+    if text.get(HUNYUAN_SHARED) and MIXED_MLP not in text:
+        model.unknown.append(f"{HUNYUAN_SHARED} = {str(text[HUNYUAN_SHARED])[:40]}")
     model.unknown += [*quantization.untold, *_unplaced(model)]
     return model
 
@@ -123,14 +128,33 @@ def _unplaced(model: Derived) -> Iterator[str]:
     quantization = model.quantization
     modules = [name.removesuffix(".weight") for name in model.tensors]
     if quantization.listed:
-        placed = {part for module in modules for part in parts(module)}
-        if left := sorted(quantization.listed.names - placed):
+        in_blocks = {n for n, a in quantization.listed.items() if a in IN_BLOCKS}
+        if left := sorted(in_blocks - {*_placed(quantization.listed, modules)}):
             yield f"quantized_layers: {left[0][:80]}"
     partly = (module for module in modules if _is_partly_named(quantization, module))
     if module := next(partly, None):
         yield f"{module}: left out by a part of its name, or by a pattern"
     if quantization.block and not any(map(quantization.takes, modules)):
         yield "layers in FP8 blocks: config.json names none of those that it implies"
+
+
+def _placed(listed: dict[str, str], modules: list[str]) -> Iterator[str]:
+    """Yield names of ModelOpt's list that are of modules, or of what vLLM makes one."""
+    experts = {
+        name.partition(".experts.")[0] for name in modules if ".experts." in name
+    }
+    yield from modules
+    yield from (f"{parent}.experts" for parent in experts)
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        yield from (f"{parent}.{one}" for one, of in FUSED.items() if leaf in of)
+    for name in listed:
+        parent, is_child, _ = name.partition(".experts.")
+        if not is_child:
+            parent, _, leaf = name.rpartition(".")
+            is_child = leaf in EXPERT_PARTS
+        if is_child and parent in experts:
+            yield name
 
 
 def _is_partly_named(quantization: Quantization, module: str) -> bool:
@@ -162,6 +186,8 @@ def _experts(model: Derived, name: str, experts: int) -> None:
     elif count:
         each = model.size("moe_shared_expert_intermediate_size") or size
         _mlp(model, f"{name}.shared_experts", count * each)
+    elif model.text.get(MIXED_MLP) and (count := model.size(HUNYUAN_SHARED)):
+        _mlp(model, f"{name}.shared_mlp", count * model.needed("intermediate_size"))
 
 
 def _dense_layers(model: Derived) -> Iterator[bool]:

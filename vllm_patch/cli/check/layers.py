@@ -31,7 +31,7 @@ MERGED = {
 }
 ROW = "o_proj", "down_proj", "w2", "out_proj"
 COLUMN = "q_b_proj", "kv_b_proj", "in_proj_qkvz", "g_proj"
-REPLICATED = "q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "e_proj", "h_proj"
+REPLICATED = "q_a_proj", "kv_a_proj_with_mqa"
 # Rows or columns that no layer has; more are not waited for.
 MOST = 1 << 22
 # Modules of which each rank has all.
@@ -183,7 +183,7 @@ def layers(
         result.unknown[f"vLLM's model of {kind} pads its own layers"] += 1
         return result
     parents, is_all = defaultdict(dict), True
-    for name, matrix in _matrices(tensors, quantization, result).items():
+    for name, matrix in _matrices(tensors, quantization, fields, result).items():
         if _is_left_out(name, fields):
             is_all = False
             continue
@@ -211,10 +211,14 @@ def _is_left_out(name: str, fields: dict[str, Any]) -> bool:
 
 
 def _matrices(
-    tensors: dict[str, Tensor], quantization: Quantization, result: Layers
+    tensors: dict[str, Tensor],
+    quantization: Quantization,
+    fields: dict[str, Any],
+    result: Layers,
 ) -> dict[str, Matrix]:
     """Return modules in FP8 blocks; count all else."""
     matrices, scales, others = {}, set(), set()
+    block = quantization.block and [*quantization.block]
     for name, tensor in tensors.items():
         # Scales of FP4 are FP8, too.
         is_scale = name.rpartition(".")[2] in SCALES
@@ -232,6 +236,12 @@ def _matrices(
             )
         kind = _scale_kind(name, tensor, scale, tensors[scale], quantization)
         if kind != "block":
+            if block and quantization.is_uniform and not _is_left_out(name, fields):
+                raise UsageError(
+                    f"{scale} in {tensors[scale].file} is {kind}, but config.json's "
+                    f"{quantization.format} has all layers in blocks of {block}, so "
+                    "vLLM would not load it. Download or quantize it again."
+                )
             others.add(kind)
             continue
         scales |= {name, scale}

@@ -68,6 +68,8 @@ def _obstacle(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | Non
         return f"{VARIABLE}={OFF}"
     if setting.block[0] != setting.block[1]:
         return "the blocks are not square"
+    if setting.is_built_in and name != "fp8":
+        return "what is built into this vLLM pads plain fp8 only"
     if not setting.since(since(name)):
         return f"{name} in FP8 blocks is taken from vLLM {since(name)}"
     if name not in ("fp8", "inc") and block != BLOCK:

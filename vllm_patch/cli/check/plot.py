@@ -31,8 +31,8 @@ HATCH = (
 )
 
 
-def write(verdicts: list[Verdict], file: Path) -> None:
-    """Draw the first layer that is cut, experts if some are.
+def write(verdicts: list[Verdict], file: Path) -> Row:
+    """Draw the first layer that is cut, experts if some are, and return it.
 
     Raises:
         UsageError: There is none, the file's name is of no image that can be written,
@@ -52,6 +52,7 @@ def write(verdicts: list[Verdict], file: Path) -> None:
         file.write_bytes(image)
     except OSError as error:
         raise UsageError(f"--plot {file}: {error}. Give another place.") from error
+    return row
 
 
 def _png(svg: bytes) -> bytes:
@@ -59,7 +60,8 @@ def _png(svg: bytes) -> bytes:
         import cairosvg
     except (ImportError, OSError) as error:  # The latter without the cairo library.
         raise UsageError(
-            f"A .png needs cairosvg ({error}): pip install cairosvg, or give a .svg."
+            f"A .png needs cairosvg and the system's cairo library ({error}): pip "
+            "install 'vllm-patch[png]', or give a .svg."
         ) from error
     return cairosvg.svg2png(svg, scale=2)
 

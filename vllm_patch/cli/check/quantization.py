@@ -18,10 +18,17 @@ INC = "inc", "auto-round", "auto_round"
 MODELOPT, MIXED = ("modelopt", "modelopt_mixed"), "modelopt-mixed"
 # ModelOpt's other name for FP8_PB_WO, which vLLM knows of experts.
 EXPERTS_IN_BLOCKS = ("FP8_BLOCK_SCALES",)
+IN_BLOCKS = "FP8_PB_WO", *EXPERTS_IN_BLOCKS
 # Fields of Quark and INC with schemes of single layers.
 OVERRIDES = "layer_quant_config", "layer_type_quant_config", "extra_config"
-# Names of parts of experts; of single ones, or patterns of those.
-_CHILD = re.compile(r"(.*\bexperts)\..+")
+# vLLM's layers that are several in a checkpoint, each in ModelOpt's list or not.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+SCHEMES = "static", "dynamic"
+# Names of experts or their parts; of single ones, or patterns of those.
+_EXPERTS = re.compile(r"experts\b")
 _SINGLE = re.compile(r"\bexperts\\?\.[\d\\\[(]")
 LEAST_BLOCK, MOST_BLOCK = 8, 1 << 20
 
@@ -73,7 +80,8 @@ class Quantization:
         format: Its name in the patch table, or what the config calls it.
         block: Rows and columns of a quant block; None if weights are not FP8 in blocks.
         unquantized: Modules that are left in 16 bits.
-        listed: With a mixed format, the only modules in blocks; else None.
+        listed: With a mixed format, the algorithms of layers by name; else None.
+        is_uniform: Whether what is FP8 is in blocks, without exception.
         untold: Why headers alone tell which modules are in blocks; empty if the config
             does, too.
 
@@ -82,14 +90,38 @@ class Quantization:
     format: str
     block: tuple[int, int] | None
     unquantized: Modules = Modules()
-    listed: Modules | None = None
+    listed: dict[str, str] | None = None
+    is_uniform: bool = True
     untold: tuple[str, ...] = ()
 
     def takes(self, module: str) -> bool:
         """Whether a module's weights are in blocks, by the config alone."""
         if self.block is None or self.unquantized.has(module):
             return False
-        return self.listed is None or self.listed.has(module)
+        if self.listed is None:
+            return True
+        return _algorithm(self.listed, module) in IN_BLOCKS
+
+
+def _algorithm(listed: dict[str, str], module: str) -> str | None:
+    """Return the algorithm of a checkpoint's module, as vLLM looks its layer up."""
+    parent, is_expert, _ = module.partition(".experts.")
+    if is_expert:
+        # The first child speaks for experts without a word, then the first sibling.
+        experts = f"{parent}.experts"
+        starts = f"{experts}.", f"{parent}."
+        children = (n for start in starts for n in listed if n.startswith(start))
+        return listed.get(experts) or listed.get(next(children, ""))
+    parent, _, leaf = module.rpartition(".")
+    for fused, shards in FUSED.items():
+        if leaf in shards:
+            names = [f"{parent}.{shard}" for shard in shards]
+            said = {listed[name] for name in names if name in listed}
+            if whole := listed.get(f"{parent}.{fused}"):
+                return whole
+            if len(said) == 1:
+                return said.pop()
+    return listed.get(module)
 
 
 def read(fields: dict[str, Any], source: str) -> Quantization:
@@ -120,35 +152,53 @@ def _read(found: dict[str, Any]) -> Quantization:
         is_fp8 = (found.get("bits"), found.get("data_type")) == (8, "fp")
         group = found.get("group_size")
         block = group if is_fp8 and isinstance(group, list) else None
-        return Quantization("inc", _block(block), untold=_untold(found, ()))
+        untold = _own_schemes(found)
+        return Quantization(
+            "inc", _block(block), is_uniform=not untold, untold=tuple(untold)
+        )
     if method in MODELOPT or _is_modelopt(found):
         return _modelopt(found)
     known = FORMATS.get(method)
     if known is None:
         return Quantization(method, None)
     block = _block(known.blocks(found))
-    scheme = found.get("activation_scheme", "dynamic")
-    if method == "fp8" and block and scheme != "dynamic":
+    left_out, schemes = found.get(known.unquantized), _own_schemes(found)
+    if method == "fp8":
+        _check_activation_scheme(found, block)
+        left_out = found.get("ignored_layers") or left_out
+    return Quantization(
+        *(method, block, Modules.of(left_out)),
+        is_uniform=not schemes,
+        untold=(*schemes, *_single_experts(left_out)),
+    )
+
+
+def _check_activation_scheme(found: dict[str, Any], block: Any) -> None:
+    if "activation_scheme" not in found:
+        raise ValueError("no activation_scheme, without which vLLM does not start")
+    scheme = found["activation_scheme"]
+    if scheme not in SCHEMES:
+        raise ValueError(f"activation_scheme {scheme!r}: vLLM takes {SCHEMES}")
+    if block and scheme != "dynamic":
         raise ValueError(
             f"activation_scheme {scheme!r}: with blocks vLLM takes 'dynamic' alone"
         )
-    left_out = found.get(known.unquantized)
-    if method == "fp8":
-        left_out = found.get("ignored_layers") or left_out
-    untold = _untold(found, left_out)
-    return Quantization(method, block, Modules.of(left_out), untold=untold)
 
 
-def _untold(found: dict[str, Any], left_out: Any) -> tuple[str, ...]:
-    """Return what of a config needs the names of a model's own modules."""
+def _own_schemes(found: dict[str, Any]) -> list[str]:
+    """Return what gives schemes to layers by the names of a model's own modules."""
     reasons = [f"layers of {key}" for key in OVERRIDES if found.get(key)]
     groups = [*(found.get("config_groups") or {}).values()]
     if len(groups) > 1 or any(g.get("targets") != ["Linear"] for g in groups):
         reasons.append("layers of config_groups for other targets than Linear")
+    return reasons
+
+
+def _single_experts(left_out: Any) -> tuple[str, ...]:
+    """Return what leaves out some of the experts, which vLLM builds as one."""
     names = [text for text in left_out or () if isinstance(text, str)]
-    if single := next(filter(_SINGLE.search, names), None):
-        reasons.append(f"experts, of which {single[:80]} is left out")
-    return tuple(reasons)
+    single = next(filter(_SINGLE.search, names), None)
+    return (f"experts, of which {single[:80]} is left out",) if single else ()
 
 
 def _is_modelopt(found: dict[str, Any]) -> bool:
@@ -165,7 +215,7 @@ def _modelopt(found: dict[str, Any]) -> Quantization:
     else:
         left_out = found.get("ignore", found.get("exclude_modules"))
     algorithm = str(found.get("quant_algo")).upper()
-    unquantized, untold = Modules.of(left_out), _untold({}, left_out)
+    unquantized, untold = Modules.of(left_out), _single_experts(left_out)
     if algorithm == "MIXED_PRECISION":
         return _mixed(found["quantized_layers"], unquantized, untold)
     if algorithm in EXPERTS_IN_BLOCKS:
@@ -180,23 +230,15 @@ def _mixed(
     layers: dict[str, Any], unquantized: Modules, untold: tuple[str, ...]
 ) -> Quantization:
     """Return what a list of layers says, each with an algorithm of its own."""
-    listed: dict[str, dict] = {}
-    for name, layer in layers.items():
-        # As in vLLM, the first of their children speaks for experts without a word.
-        if child := _CHILD.fullmatch(name):
-            listed.setdefault(child[1], layer)
-    listed |= {n: layer for n, layer in layers.items() if not _CHILD.fullmatch(n)}
-    names = []
-    for name, layer in listed.items():
-        algorithm = str(layer.get("quant_algo")).upper()
-        if algorithm in EXPERTS_IN_BLOCKS and not name.endswith("experts"):
-            raise ValueError(f"{name}: vLLM takes {algorithm} of experts alone")
-        if algorithm in ("FP8_PB_WO", *EXPERTS_IN_BLOCKS):
-            names.append(name)
-            if (size := layer.get("group_size", 128)) != 128:
-                raise ValueError(f"{name}: blocks of {size}, not 128")
-    block = (128, 128) if names else None
-    return Quantization(MIXED, block, unquantized, Modules.of(names), untold)
+    listed = {n: str(layer.get("quant_algo")).upper() for n, layer in layers.items()}
+    in_blocks = [name for name, algorithm in listed.items() if algorithm in IN_BLOCKS]
+    for name in in_blocks:
+        if listed[name] in EXPERTS_IN_BLOCKS and not _EXPERTS.search(name):
+            raise ValueError(f"{name}: vLLM takes {listed[name]} of experts alone")
+        if (size := layers[name].get("group_size", 128)) != 128:
+            raise ValueError(f"{name}: blocks of {size}, not 128")
+    block = (128, 128) if in_blocks else None
+    return Quantization(MIXED, block, unquantized, listed, False, untold)
 
 
 def _block(block: Any) -> tuple[int, int] | None:

@@ -6,11 +6,13 @@ changes or goes without another number.
 
     schema, vllm_patch, model   1, this package's version, what was asked about
     vllm, platform, moe_backend what was assumed
+    built_in                    whether that vLLM pads in its own source
     format, block               of the checkpoint; block is [rows, columns] or null
     source                      "headers", or "config" if tensors are derived from it
     unknown, notes              layers nobody here can judge; what else was left out
     other_bytes                 of the checkpoint's tensors that are not in FP8 blocks
     code                        the exit code
+    left_out                    of --all: size -> why vLLM starts no model at it
     sizes                       one for each --tp:
       tp, code, error           size, its exit code, why vLLM starts no model, or null
       bytes                     of quantized layers, largest rank: real; stock and ours
@@ -24,6 +26,8 @@ changes or goes without another number.
         cut                     total, size, shared: block -> ranks that hold columns
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_patch import __version__
@@ -89,6 +93,9 @@ def _says(verdict: Verdict) -> str:
     if verdict.code == CANNOT_RUN and verdict.model.unknown and not verdict.undivided:
         return "cannot be told, for what is not known"
     kinds = {row.stock.kind for row in verdict.rows}
+    is_taken = any(row.is_taken for row in verdict.rows)
+    if verdict.code == AS_IT_IS and verdict.setting.is_built_in and is_taken:
+        return "runs in this vLLM, which has the padding built in"
     if verdict.code == AS_IT_IS and "refined" in kinds:
         is_compact = any(row.ours.kind == "compact" for row in verdict.rows)
         gain = ", faster with this package" if is_compact else ""
@@ -144,8 +151,14 @@ def _bytes(verdict: Verdict) -> list[str]:
     return lines
 
 
-def table(verdicts: list[Verdict]) -> str:
-    """Return a line for each size that divides the model; one to choose is marked."""
+def table(verdicts: list[Verdict], left_out: list[Verdict]) -> str:
+    """Return a line for each size that divides the model; one to choose is marked.
+
+    Args:
+        verdicts: Of the sizes that do.
+        left_out: Of those that do not, which get one line together.
+
+    """
     best = chosen(verdicts)
     lines = [f"  {'TP':>3}  {'real':>9}  {'stock':>9}  {'ours':>9}"]
     for verdict in verdicts:
@@ -157,7 +170,24 @@ def table(verdicts: list[Verdict]) -> str:
         "FP8 weights and scales of the largest rank, as allocated. > is the largest "
         f"size up to {ONE_MACHINE} with hardly any padding."
     )
+    reasons = defaultdict(list)
+    for verdict in left_out:
+        reasons[verdict.undivided_by].append(verdict.setting.tp)
+    parts = [f"{_ranges(sizes)} ({what})" for what, sizes in reasons.items()]
+    if parts:
+        lines.append(f"Left out, as they do not divide the model: {'; '.join(parts)}.")
     return "\n".join(lines)
+
+
+def _ranges(sizes: list[int]) -> str:
+    """Return ascending numbers for people: ``3, 5-7``."""
+    runs: list[list[int]] = []
+    for size in sizes:
+        if runs and size == runs[-1][-1] + 1:
+            runs[-1].append(size)
+        else:
+            runs.append([size])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
 
 
 def as_json(
@@ -166,6 +196,7 @@ def as_json(
     quantization: Quantization,
     verdicts: list[Verdict],
     code: int,
+    left_out: Sequence[Verdict] = (),
 ) -> dict[str, Any]:
     """Return the report for machines; the module says what it holds."""
     setting, model = verdicts[0].setting, verdicts[0].model
@@ -176,6 +207,7 @@ def as_json(
         "vllm": setting.release,
         "platform": setting.platform,
         "moe_backend": setting.backend,
+        "built_in": setting.is_built_in,
         "format": quantization.format,
         "block": quantization.block,
         "source": source,
@@ -184,6 +216,7 @@ def as_json(
         "other_bytes": model.other_bytes,
         "code": code,
         "sizes": [_size_json(verdict) for verdict in verdicts],
+        "left_out": {each.setting.tp: each.undivided for each in left_out},
     }
 
 

@@ -76,6 +76,7 @@ class Setting:
         backend: ``--moe-backend``, one of ``BACKENDS``.
         format: The checkpoint's, a key of ``FORMATS``.
         block: Rows and columns of a quant block.
+        is_built_in: Whether that vLLM pads in its own source, so as it is.
 
     """
 
@@ -85,6 +86,7 @@ class Setting:
     backend: str
     format: str
     block: tuple[int, int]
+    is_built_in: bool = False
 
     def since(self, release: str) -> bool:
         return Version(self.release) >= Version(release)

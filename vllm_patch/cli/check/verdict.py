@@ -25,6 +25,7 @@ HEADS = {
     "linear_num_key_heads": "linear_num_key_heads",
     "linear_num_value_heads": "linear_num_value_heads",
 }
+VOCABULARY = "vocab_size"
 # GPUs of one machine, among which --all chooses, and the padding that it puts up with.
 ONE_MACHINE, MOST_PADDING = 8, 0.05
 
@@ -117,29 +118,45 @@ class Verdict:
         }
 
     @property
-    def _undivided_fields(self) -> str | None:
+    def undivided_by(self) -> str | None:
+        """The field, or the part of a layer, that ranks cannot share evenly."""
+        if name := self._undivided_field:
+            return f"{name} {self.text[name]}"
+        layer = next(iter(self._undivided), None)
+        return layer and layer.undivided(self.setting.tp)
+
+    @property
+    def _undivided_field(self) -> str | None:
         tp = self.setting.tp
-        for name, what in HEADS.items():
+        for name in HEADS:
             heads = self.text.get(name)
             if type(heads) is int and heads % tp:
-                return (
-                    f"{what} ({heads}) must be divisible by tensor parallel size "
-                    f"({tp})."
-                )
-        vocabulary = self.text.get("vocab_size")
+                return name
+        vocabulary = self.text.get(VOCABULARY)
         # vLLM rounds it up.
         if type(vocabulary) is int and -(-vocabulary // 64) * 64 % tp:
-            return (
-                f"vocab_size {vocabulary}, rounded up to 64, is not divisible by {tp}."
-            )
+            return VOCABULARY
         return None
+
+    @property
+    def _undivided_fields(self) -> str | None:
+        name, tp = self._undivided_field, self.setting.tp
+        if name is None:
+            return None
+        size = self.text[name]
+        if name == VOCABULARY:
+            return f"{name} {size}, rounded up to 64, is not divisible by {tp}."
+        return (
+            f"{HEADS[name]} ({size}) must be divisible by tensor parallel size ({tp})."
+        )
 
     @property
     def code(self) -> int:
         """The exit code; a layer that is not known may do anything."""
         if self.undivided or self.model.unknown or not all(r.runs for r in self.rows):
             return CANNOT_RUN
-        return AS_IT_IS if all(r.stock.runs for r in self.rows) else NEEDS_US
+        is_as_it_is = self.setting.is_built_in or all(r.stock.runs for r in self.rows)
+        return AS_IT_IS if is_as_it_is else NEEDS_US
 
     def largest(self, how: str) -> int | None:
         """Return bytes of the rank with the most; None if it does not run so."""
@@ -205,6 +222,7 @@ class Verdict:
         other = self.at(backend=DEEP_GEMM)
         idle = {r.stock.text for r in other.rows if r.stock.kind == "shared"}
         is_auto = (self.setting.platform, self.setting.backend) == (HOPPER, AUTO)
+        is_auto &= not self.setting.is_built_in
         if is_auto and other.code == AS_IT_IS and idle:
             said = f"{' or '.join(sorted(idle))}, {gb(other.largest('stock'))} a rank"
             found.append(f"--moe-backend {DEEP_GEMM}: {said}")

@@ -15,15 +15,15 @@ FP8 = torch.float8_e4m3fn
 # Elements of a quant block in each dimension, and of an activation group.
 BLOCK = 128
 
-_FP8_MAX = tl.constexpr(448.0)
-# The smallest absolute maximum that a group is given.
-_EPS = tl.constexpr(1e-10)
-
 
 @triton.jit
 def scale_of(absmax, USE_UE8M0: tl.constexpr):
-    """Scales of groups with these absolute maxima; ``USE_UE8M0``: powers of two."""
-    scale = tl.div_rn(tl.maximum(absmax, _EPS), _FP8_MAX)
+    """Scales of groups with these absolute maxima; ``USE_UE8M0``: powers of two.
+
+    1e-10 is the smallest absolute maximum that a group is given. It is no constexpr of
+    the module: vLLM's stand-in for a Triton that is not there has none.
+    """
+    scale = tl.div_rn(tl.maximum(absmax, 1e-10), 448.0)
     if USE_UE8M0:
         scale = tl.exp2(tl.ceil(tl.log2(scale)))
     return scale
@@ -33,7 +33,7 @@ def scale_of(absmax, USE_UE8M0: tl.constexpr):
 def codes_of(x, scale):
     """FP8 codes of fp32 ``[rows, columns]``, whose rows have these scales."""
     codes = x * tl.div_rn(1.0, scale)[:, None]
-    return tl.clamp(codes, -_FP8_MAX, _FP8_MAX).to(tl.float8e4nv)
+    return tl.clamp(codes, -448.0, 448.0).to(tl.float8e4nv)
 
 
 @triton.jit
