@@ -50,7 +50,7 @@ from vllm_patch.cli.synthetic import write_checkpoint
 
 RANK = 1
 PROMPTS = [16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384]
-BATCHES = {1024: [1, 4, 16, 64, 256], 16384: [1, 16]}
+BATCHES = {16: [1, 4, 16, 64, 256], 1024: [1, 4, 16, 64, 256], 16384: [1, 16]}
 GRAPH_SIZES = [1, 4, 16, 64, 256, 512]
 MODES: dict[str, dict[str, Any]] = {
     "compiled": {"compilation_config": {"cudagraph_capture_sizes": GRAPH_SIZES}},

@@ -7,5 +7,6 @@ from .grid import Cell
 def test_the_engine_does_what_check_says(tmp_path):
     """A dense MLP of 19 blocks, so 1216 on a rank, and experts of 384 / 2 = 192."""
     changes = {"moe_intermediate_size": 384, "intermediate_size": 2432}
-    cell = Cell("qwen3_moe_1536", 2, {**changes, "mlp_only_layers": [0]})
+    changes["mlp_only_layers"] = [0]
+    cell = Cell("qwen3_moe_1536", 2, changes, layers=2)
     assert grid.compare(cell, tmp_path).code == 1
