@@ -114,7 +114,7 @@ def not_warm(calls, launched, most=MOST):
 @pytest.mark.parametrize(
     ("name", "hopper", "binaries"),
     [
-        ("tuned", True, 36),
+        ("tuned", True, 35),
         ("rule", True, 25),
         ("rule", False, 18),
         ("top-10 of 512", True, 23),
