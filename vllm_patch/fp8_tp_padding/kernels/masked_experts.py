@@ -28,7 +28,7 @@ from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_fo
 from .masked_warmup import warm_up
 from .tile_choice import tiles_for
 
-# The kernels hold a rank's activations in registers.
+# Down holds its tiles of all blocks in shared memory.
 MAX_BLOCKS = 4
 
 
