@@ -54,11 +54,13 @@ def test_entries_come_in_order(read):
     assert isinstance(tuned[8], PairTiles) and isinstance(tuned[64], SortedTiles)
 
 
-def test_sorting_does_not_go_back(read):
+@pytest.mark.parametrize("block_m", [32, 0])
+def test_blocks_do_not_shrink(read, block_m):
     """Whatever the order of the entries, and as numbers: 16 is more than 8."""
-    message = r"tuned\.json: pairs are sorted for 8 tokens and not for 16\. They must"
+    more = {**SORTED, "block_m": block_m} if block_m else PAIRS
+    message = rf"blocks of 64 for 8 tokens and of {block_m} for 16 \(0: not sorted\)\."
     with pytest.raises(ValueError, match=message):
-        read({"16": PAIRS, "8": SORTED, "4": PAIRS})
+        read({"16": more, "8": {**SORTED, "block_m": 64}, "4": PAIRS})
 
 
 @pytest.mark.parametrize("config", [{}, {"triton_version": "3.6.0"}, [], 3])

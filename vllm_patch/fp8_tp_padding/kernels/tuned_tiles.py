@@ -69,9 +69,9 @@ def read_config(path: Path) -> dict[int, Tiles]:
 
     Raises:
         ValueError: It is no JSON; or there are no entries; or one has fields that tiles
-            do not have or lacks some, has values that no kernel takes, or does not sort
-            where one of fewer tokens does: the workspace that fits the largest call
-            must fit all others.
+            do not have or lacks some, has values that no kernel takes, or has smaller
+            blocks of pairs than one of fewer tokens: the workspace that fits the
+            largest call must fit all others.
 
     """
     try:
@@ -93,11 +93,13 @@ def read_config(path: Path) -> dict[int, Tiles]:
             ) from error
     tuned = dict(sorted(tuned.items()))
     for fewer, more in itertools.pairwise(tuned):
-        if isinstance(tuned[fewer], SortedTiles) > isinstance(tuned[more], SortedTiles):
+        least, block_m = (getattr(tuned[n], "block_m", 0) for n in (fewer, more))
+        if block_m < least:
             raise ValueError(
-                f"{path}: pairs are sorted for {fewer} tokens and not for {more}. They "
-                "must stay sorted as tokens grow, since the workspace is as large as "
-                "the largest call needs. Mend or delete the file."
+                f"{path}: pairs come in blocks of {least} for {fewer} tokens and of "
+                f"{block_m} for {more} (0: not sorted). Blocks must not shrink as "
+                "tokens grow, since the workspace is as large as the largest call "
+                "needs. Mend or delete the file."
             )
     return tuned
 
