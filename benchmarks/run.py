@@ -132,8 +132,7 @@ def parsed(
         type=Checkpoint.of,
         default=checkpoints.FP8,
         metavar="CONFIG",
-        help="format of the checkpoint: its config.json, or one of "
-        f"{', '.join(checkpoints.OTHERS)} (default: plain FP8)",
+        help="config.json of the checkpoint's format (default: plain FP8)",
     )
     add("--csv", help="file for the rows")
     add("--commit", help="commit that is measured, where git cannot tell")

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import linear
-from benchmarks.checkpoint import OTHERS
 from benchmarks.linear_cases import MERGED, QKV, ROW, Case, Quantized
 from benchmarks.linear_reference import Arithmetic, of_fp8_values
 from benchmarks.run import Rows
@@ -39,7 +38,7 @@ def test_padded_layers_pass(check):
 def test_padded_layers_of_other_formats_pass(check, name):
     if not FORMATS[name].is_in_release:
         pytest.skip(f"this release has no {name} in FP8 blocks")
-    config = name if name in OTHERS else str(FORMATS[name].path)
+    config = str(FORMATS[name].path)
     assert check("--config", config) == 0
 
 

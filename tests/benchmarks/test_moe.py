@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import moe, moe_layers
-from benchmarks.checkpoint import OTHERS
 from benchmarks.device_limits import Limits
 from benchmarks.moe_cases import Case
 from benchmarks.moe_layers import Arithmetic, Layer, Routing, Weights
@@ -65,7 +64,7 @@ def test_the_reference_activates_as_vllm_does(name):
 def test_the_plugins_layer_passes_in_other_formats(check, name):
     if not FORMATS[name].is_in_release:
         pytest.skip(f"this release has no {name} in FP8 blocks")
-    config = name if name in OTHERS else str(FORMATS[name].path)
+    config = str(FORMATS[name].path)
     assert check(64, "--config", config) == 0
 
 

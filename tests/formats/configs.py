@@ -1,6 +1,5 @@
 """vLLM's quantization configs of block-FP8 checkpoints, by format."""
 
-import copy
 import importlib
 import json
 from collections.abc import Callable
@@ -10,22 +9,6 @@ from pathlib import Path
 from vllm_patch.patch_table import PATCHES
 
 MODELS = Path(__file__).parent.parent / "models"
-# Formats that parity writes no checkpoints of.
-MIXED = {
-    "quant_method": "modelopt",
-    "quant_algo": "MIXED_PRECISION",
-    "quantized_layers": {"model.layers.0.mlp.experts": {"quant_algo": "FP8_PB_WO"}},
-    "ignore": [],
-}
-INC = {
-    "quant_method": "auto-round",
-    "bits": 8,
-    "group_size": [128, 128],
-    "sym": True,
-    "data_type": "fp",
-    "act_bits": 8,
-    "act_dynamic": True,
-}
 
 
 @dataclass(frozen=True)
@@ -34,7 +17,7 @@ class Format:
 
     Attributes:
         row: Its row in the patch table.
-        source: What its config.json says, or the file in ``MODELS``.
+        source: Its file in ``MODELS``.
         scale: What the name of a weight's scales ends with.
         cut_linear: Class of ours for linear layers.
         cut_experts: Class of ours for experts.
@@ -43,7 +26,7 @@ class Format:
     """
 
     row: str
-    source: dict | str
+    source: str
     scale: str = "weight_scale"
     cut_linear: str = ""
     cut_experts: str = ""
@@ -64,8 +47,6 @@ class Format:
         return MODELS / f"{self.source}.json"
 
     def config(self) -> dict:
-        if isinstance(self.source, dict):
-            return copy.deepcopy(self.source)
         return json.loads(self.path.read_text())["quantization_config"]
 
     @property
@@ -97,13 +78,13 @@ FORMATS = {
     ),
     "modelopt-mixed": Format(
         "modelopt-mixed",
-        MIXED,
+        "qwen3_moe_1536_modelopt_mixed",
         scale="weight_scale_inv",
         cut_experts="CutFp8MoEMethod",
     ),
     "inc": Format(
         "inc",
-        INC,
+        "qwen3_2432_auto_round",
         scale="weight_scale_inv",
         cut_linear="CutFp8LinearMethod",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patch.cli import UsageError
-from vllm_patch.cli.block_format import FORMATS, BlockFormat
+from vllm_patch.cli.block_format import FORMATS, BlockFormat, format_of
 
 NEEDED = "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"
 EXPERTS = "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"
@@ -63,7 +63,7 @@ class ModelConfig:
 
     @property
     def block_format(self) -> BlockFormat | None:
-        return FORMATS.get(self.quantization.get("quant_method"))
+        return format_of(self.quantization)
 
     @property
     def block(self) -> int:

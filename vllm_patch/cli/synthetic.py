@@ -47,12 +47,15 @@ def write_checkpoint(
     wide_shapes, _ = _tensor_shapes(wide, directory)
     _check_room(config, wide_shapes, directory)
     written, quantization = config.block_format, config.quantization
-    skipped = quantization.get(written.unquantized) or []
     tensors: dict[str, torch.Tensor] = {}
     unquantized = []
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
-        if len(shape) == 2 and module in linear and not _matches(module, skipped):
+        if (
+            len(shape) == 2
+            and module in linear
+            and not written.leaves(module, quantization)
+        ):
             weight, scale = fp8_blocks(_generator(name), shape, config.block)
             wide_shape = wide_shapes[name]
             if shape != wide_shape:
@@ -69,8 +72,7 @@ def write_checkpoint(
         raise UsageError(
             f"{directory} takes no checkpoint: {error}. Free some space, or set TMPDIR."
         ) from error
-    unquantized = sorted({*skipped, *unquantized})
-    quantization = {**quantization, written.unquantized: unquantized}
+    quantization = written.leaving(unquantized, quantization)
     _write_config({**wide.fields, "quantization_config": quantization}, directory)
     _write_tokenizer(config.vocab_size, directory)
 
@@ -127,10 +129,6 @@ def _tensor_shapes(
     }
     linear |= {n.removesuffix(".weight") for n in tensors if ".experts." in n}
     return {name: tuple(t.shape) for name, t in tensors.items()}, linear
-
-
-def _matches(module: str, skipped: list[str]) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in skipped)
 
 
 def _generator(name: str) -> torch.Generator:

@@ -76,12 +76,12 @@ def _gate_and_up(
     """Take apart what was multiplied by interleaved rows."""
     if SHARDS == 1:
         return both, both
-    if SWAP:
+    elif SWAP:
         both = tl.reshape(both, [COLUMNS // 8, 2, 8, ROWS])
         both = tl.reshape(tl.permute(both, 0, 2, 3, 1), [COLUMNS, ROWS, 2])
+        return tl.split(both)
     else:
-        both = tl.reshape(both, [ROWS, COLUMNS, 2])
-    return tl.split(both)
+        return tl.split(tl.reshape(both, [ROWS, COLUMNS, 2]))
 
 
 @triton.jit
