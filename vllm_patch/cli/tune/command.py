@@ -26,8 +26,8 @@ MOST_TOKENS = 65536
 LEAST_CAPABILITY = 89
 DESCRIPTION = """\
 Find the fastest tiles of the masked kernels for a model on this GPU, which has to be
-idle, and write them where vLLM looks for tuned files. Takes a few minutes of one GPU,
-whatever the TP size. What is not faster by more than the noise, or computes anything
+idle, and write them where vLLM looks for tuned files. Takes a minute or two of one
+GPU, whatever the TP size. What is not faster by more than the noise, or computes anything
 else, is not taken. Exit code: 0, or 2 if nothing can be tuned."""
 EXAMPLES = """\
   vllm-patch tune Qwen/Qwen3-235B-A22B-FP8 --tp 8 --output tuned
