@@ -52,7 +52,9 @@ SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # Instructions that touch memory of other kernels.
 MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
-SILU, LARGEST = Activation(), "rule, 256 pairs"
+SILU = Activation()
+# One of each branch of the rule, and those for which other activations compile.
+PAIRS, ACTIVATED = (0.1, 0.25, 0.5, 4, 16, 256, 512), (0.1, 4, 512)
 ACTIVATIONS = {
     "DeepSeek-V4": Activation("silu", 10.0),
     "MiniMax-M3": Activation("silu", 7.0, 1.702, 1.0),
@@ -162,7 +164,7 @@ def launch_linear_layers(arch: int) -> None:
 def paths(arch: int) -> dict[Tiles, tuple[int, str]]:
     """Return tokens and origin of each different path of this GPU."""
     found: dict[Tiles, tuple[int, str]] = {}
-    for pairs in (0.1, 0.5, 4, 16, 256):
+    for pairs in PAIRS:
         tiles = tile_choice.rule(pairs, hopper=arch == 90)
         tokens = max(1, int(pairs * EXPERTS / TOP_K))
         found.setdefault(tiles, (tokens, f"rule, {pairs} pairs"))
@@ -176,11 +178,12 @@ def paths(arch: int) -> dict[Tiles, tuple[int, str]]:
 def jobs(arch: int) -> dict[Job, str]:
     """Return the different kernels of a GPU, and where each comes from."""
     found: dict[Job, str] = {}
+    activated = {f"rule, {pairs} pairs" for pairs in ACTIVATED}
     for tiles, (tokens, origin) in paths(arch).items():
         call = functools.partial(launch_experts, tiles, tokens)
         for job in launched(arch, call):
             found.setdefault(job, origin)
-        for model, activation in ACTIVATIONS.items() if origin == LARGEST else ():
+        for model, activation in ACTIVATIONS.items() if origin in activated else ():
             call = functools.partial(launch_experts, tiles, tokens, activation)
             for job in launched(arch, call):
                 found.setdefault(job, f"{origin}, {model}")

@@ -120,6 +120,24 @@ MUTANTS = (
         "expert * (2 * SIZE * K)",
     ),
     Mutant(
+        "experts: of what is split along K, SiLU is computed",
+        "kernels/masked_kernels.py",
+        "h = activated(gate, up, ACTIVATION, LIMIT, ALPHA, BETA).to(dtype)",
+        'h = activated(gate, up, "silu", None, 1.0, 0.0).to(dtype)',
+    ),
+    Mutant(
+        "experts: a part of what is split along K is left out",
+        "kernels/masked_kernels.py",
+        "for split in tl.static_range(SPLITS):",
+        "for split in tl.static_range(SPLITS - 1):",
+    ),
+    Mutant(
+        "experts: sorting counts on from the call before",
+        "kernels/masked_kernels.py",
+        "tl.store(placed_ptr + bins, tl.zeros([BINS], tl.int32))",
+        "tl.store(placed_ptr + bins, tl.zeros([BINS], tl.int32) + 1)",
+    ),
+    Mutant(
         "launches: another tensor's address",
         "kernels/launches.py",
         "values[parameter] = addresses[tensor]",

@@ -17,7 +17,7 @@ class Format:
 
     Attributes:
         row: Its row in the patch table.
-        source: Its file in ``MODELS``.
+        source: What its config.json says, or the file in ``MODELS``.
         scale: What the name of a weight's scales ends with.
         cut_linear: Class of ours for linear layers.
         cut_experts: Class of ours for experts.
@@ -26,7 +26,7 @@ class Format:
     """
 
     row: str
-    source: str
+    source: dict | str
     scale: str = "weight_scale"
     cut_linear: str = ""
     cut_experts: str = ""
@@ -47,6 +47,8 @@ class Format:
         return MODELS / f"{self.source}.json"
 
     def config(self) -> dict:
+        if isinstance(self.source, dict):
+            return self.source
         return json.loads(self.path.read_text())["quantization_config"]
 
     @property

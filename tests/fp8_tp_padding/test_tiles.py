@@ -74,6 +74,8 @@ def test_files_without_entries(read, config):
     [
         ({"8": {**PAIRS, "down": {**TILE, "num_warps": 3}}}, "num_warps = 3"),
         ({"8": {**PAIRS, "down": {**TILE, "num_stages": 0}}}, "num_stages = 0"),
+        ({"8": {**PAIRS, "down": {**TILE, "num_stages": 300}}}, "num_stages = 300"),
+        ({"8": {**PAIRS, "down": {**TILE, "block_n": 64.0}}}, "block_n = 64.0"),
         ({"8": {**PAIRS, "down": {**TILE, "unroll": 0}}}, "unroll = 0"),
         ({"8": {**SORTED, "block_m": 8}}, "block_m = 8"),
         ({"8": {**SORTED, "block_m": 24}}, "block_m = 24"),

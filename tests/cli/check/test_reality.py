@@ -28,7 +28,7 @@ MIXED_LINEAR = replace(
     FORMATS["modelopt"],
     row=MIXED,
     source={
-        **FORMATS[MIXED].source,
+        **FORMATS[MIXED].config(),
         "quantized_layers": {"model.layers.0.layer": {"quant_algo": "FP8_PB_WO"}},
     },
 )
@@ -250,6 +250,7 @@ def test_experts(format_name, layer, tp, backend, monkeypatch, plugin):
         ({"hidden_act": "gelu"}, {"activation": "gelu"}),
         ({"hidden_act": "silu", "swiglu_limit": 7.0}, {"swiglu_limit": 7.0}),
         ({"swiglu_limits": [0, 7.0]}, {"activation": "swiglustep"}),
+        ({"hidden_act": "swigluoai"}, {"activation": "swigluoai_uninterleave"}),
     ],
 )
 def test_activations(plugin, text, kwargs):

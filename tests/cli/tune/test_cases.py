@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.check.known_models import config
 from vllm_patch.cli import UsageError
+from vllm_patch.cli.check import command as check
 from vllm_patch.cli.tune.cases import TOP_K, Case, cases
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -44,6 +45,18 @@ def test_experts_of_a_token(tmp_path, name):
         UsageError, match="how many experts a token has.*num_experts_per"
     ):
         cases(str(path), 8)
+
+
+def test_experts_without_a_gate(monkeypatch):
+    """What is timed has one."""
+    verdict = check.verdict(str(QWEN), 8)
+    for row in verdict.rows:
+        if row.layer.kind == "experts":
+            row.layer.__dict__["outputs"] = row.layer.outputs[:1]
+            verdict.text["hidden_act"] = "relu2"
+    monkeypatch.setattr(check, "verdict", lambda *_: verdict)
+    with pytest.raises(UsageError, match=r"experts: it has no gate, and gate and up"):
+        cases(str(QWEN), 8)
 
 
 def test_padded_experts_are_vllms(tmp_path, monkeypatch):

@@ -80,10 +80,28 @@ def test_what_was_tuned_before_is_kept(gpu, model, tmp_path):
     file = tmp_path / f"{NAME}.json"
     before = {tokens: present(tokens) for tokens in TOKENS}
     before[1] = replace(before[1], pdl=not before[1].pdl)
+    before[24] = before[32]
     file.write_text(json.dumps({n: asdict(tiles) for n, tiles in before.items()}))
     tuned_tiles.tuned_tiles.cache_clear()
     assert tuned(model, tmp_path) == 0
     assert tuned_tiles.read_config(file) == {**before, 64: FASTEST}
+
+
+def test_present_tiles_that_do_not_run(gpu, model, tmp_path, capsys, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    from vllm_patch.cli.tune import experts
+
+    def refuse(self, tiles):
+        raise OutOfResources(999, 1, "shared memory")
+
+    monkeypatch.setattr(experts.Batch, "output", refuse)
+    assert tuned(model, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert (
+        "the tiles that are in use now do not run on this GPU: out of resource" in said
+    )
+    assert not [*tmp_path.glob("E=*")]
 
 
 def test_where_vllm_looks_nothing_needs_to_be_told(

@@ -24,7 +24,7 @@ from vllm_patch.wrappers import MODES, OFF, VARIABLE
 # Blocks that masked kernels hold of one rank, and what they compute of gate and up, or
 # of one projection, as config.json calls it.
 MOST_BLOCKS = 4
-MASKED = {2: (*SILU, "gelu_pytorch_tanh"), 1: (None, "relu2")}
+MASKED = {2: (*SILU, "gelu_pytorch_tanh", "swigluoai"), 1: (None, "relu2")}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def cases(model: str, tp: int) -> list[Case]:
     if verdict.undivided:
         raise UsageError(f"{model} at TP {tp}: {verdict.undivided}")
     rows = [row for row in verdict.rows if row.layer.kind == "experts"]
-    compact = [row for row in rows if row.ours.kind == "compact"]
+    compact = [row for row in rows if row.ours.kind == "compact" and _is_gated(row)]
     if not compact:
         said = "; ".join(_refusals(rows)) or "no routed experts are known of it"
         raise UsageError(f"{model} at TP {tp}: there are no tiles to tune: {said}.")
@@ -92,7 +92,13 @@ def cases(model: str, tp: int) -> list[Case]:
 def _refusals(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         why = row.ours.why or "no quant block is cut, so vLLM's own kernels run it"
+        if row.ours.kind == "compact":
+            why = "it has no gate, and gate and up are what is timed"
         yield f"{row.layer.name}: {why}"
+
+
+def _is_gated(row: Row) -> bool:
+    return len(row.layer.outputs) == 2
 
 
 def _top_k(model: str, text: dict[str, Any]) -> int:

@@ -26,9 +26,9 @@ MOST_TOKENS = 65536
 LEAST_CAPABILITY = 89
 DESCRIPTION = """\
 Find the fastest tiles of the masked kernels for a model on this GPU, which has to be
-idle, and write them where vLLM looks for tuned files. Takes a minute or two of one
-GPU, whatever the TP size. What is not faster by more than the noise, or computes anything
-else, is not taken. Exit code: 0, or 2 if nothing can be tuned."""
+idle, and write them where vLLM looks for tuned files. Takes half a minute to two of
+one GPU, whatever the TP size. What is not faster by more than the noise, or computes
+anything else, is not taken. Exit code: 0, or 2 if nothing can be tuned."""
 EXAMPLES = """\
   vllm-patch tune Qwen/Qwen3-235B-A22B-FP8 --tp 8 --output tuned
   vllm-patch tune config.json --tp 8 --tokens 1 64 4096 --output tuned"""
@@ -198,10 +198,20 @@ def _tuned(
     gpu: "Gpu",
     compilers: "Compilers",
 ) -> "dict[int, Option]":
+    from triton.errors import TritonError
+
     from vllm_patch.cli.tune import search
     from vllm_patch.cli.tune.experts import Layer
+    from vllm_patch.fp8_tp_padding.kernels.tuned_tiles import tuned_tiles
 
-    return search.tune(Layer(case, device, gpu), {*tokens}, TOKENS, compilers)
+    kept = {*TOKENS, *tuned_tiles(case.experts, case.shard.size)}
+    try:
+        return search.tune(Layer(case, device, gpu), {*tokens}, kept, compilers)
+    except TritonError as error:
+        raise UsageError(
+            f"{case}: the tiles that are in use now do not run on this GPU: {error}. "
+            "If they are of a tuned file, which is logged, delete it."
+        ) from error
 
 
 def _table(chosen: "dict[int, Option]") -> str:

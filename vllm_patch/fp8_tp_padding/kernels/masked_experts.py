@@ -30,6 +30,8 @@ from .tile_choice import tiles_for
 
 # Down holds its tiles of all blocks in shared memory.
 MAX_BLOCKS = 4
+# Tokens beyond which nothing is split along K.
+MOST_SPLIT = 256
 
 
 class MaskedTritonExperts(TritonExperts):
@@ -177,12 +179,14 @@ def planned(*sizes) -> PairPlan | SortedPlan:
 
 
 def workspace_bytes(num_tokens: int, *sizes) -> int:
-    """Return what a call needs, and at least what any call with fewer tokens does.
+    """Return what a call needs, and at least what those with fewer tokens do.
 
-    vLLM sizes its workspace by the largest call.
+    vLLM sizes its workspace by the largest call. Sorted pairs need more with each
+    token.
     """
+    few = min(num_tokens, MOST_SPLIT)
     return max(
-        planned(num_tokens, *sizes).workspace_bytes, _bytes_of_pairs(num_tokens, *sizes)
+        planned(num_tokens, *sizes).workspace_bytes, _bytes_of_pairs(few, *sizes)
     )
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from ..slices.shard import BlockShard
 from .fp8_quant import BLOCK
 
+# Beyond, shared memory holds no tile.
+MOST_STAGES = 16
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -29,13 +32,14 @@ class Tile:
     unroll: int = 1
 
     def __post_init__(self):
+        check_positive("block_n", self.block_n)
         if self.block_n < 16 or BLOCK % self.block_n:
             raise ValueError(
                 f"block_n = {self.block_n}: a tile must be 16, 32, 64 or 128 columns, "
                 "so that it lies in one quant block."
             )
         check_power_of_two("num_warps", self.num_warps, least=1)
-        check_positive("num_stages", self.num_stages)
+        check_positive("num_stages", self.num_stages, most=MOST_STAGES)
         check_positive("unroll", self.unroll)
         check_bool("swap", self.swap)
 
@@ -120,9 +124,11 @@ class SortedTiles:
 Tiles = PairTiles | SortedTiles
 
 
-def check_positive(name: str, value: int) -> None:
+def check_positive(name: str, value: int, most: float = math.inf) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} = {value!r} is not a positive integer.")
+    if value > most:
+        raise ValueError(f"{name} = {value} is more than {most}.")
 
 
 def check_power_of_two(name: str, value: int, least: int) -> None:
