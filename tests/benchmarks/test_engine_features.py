@@ -68,9 +68,13 @@ def test_so_do_its_adapters(models, adapter, lead):
         assert torch.allclose(products[1][STOCK], expected)
 
 
-def test_vllm_reads_the_adapters(models):
+def test_vllm_reads_the_adapters(models, monkeypatch):
+    from vllm.lora import lora_model
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
+
+    # Which needs a GPU that is not only made believe.
+    monkeypatch.setattr(lora_model, "PIN_MEMORY", False)
 
     cut, _ = models
     targets = {*ADAPTERS["attention"]}

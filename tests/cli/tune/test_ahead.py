@@ -51,4 +51,5 @@ def test_a_launch_finds_what_was_compiled(tmp_path, monkeypatch):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True
     )
-    assert done.stdout.split() == ["5", "0", "5", "True"], done.stderr
+    # Some releases of vLLM log to the same stream.
+    assert done.stdout.splitlines()[-1:] == ["5 0 5 True"], done.stderr
