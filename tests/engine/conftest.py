@@ -4,12 +4,10 @@ import random
 
 import pytest
 
-from vllm_patch.cli import engine_process
-from vllm_patch.cli.engine_process import EngineProcess
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.synthetic import write_checkpoint
 
-from .test_serve import QWEN3_MOE, START_SECONDS
+from .test_serve import QWEN3_MOE, answered
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,12 +36,4 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def expected(checkpoint, prompts, tmp_path_factory) -> dict:
     """What stock answers at TP 1, offline."""
-    engine = {"model": str(checkpoint), "max_model_len": 128}
-    result = engine_process.run(
-        EngineProcess("stock TP 1", engine),
-        [[prompt] for prompt in prompts],
-        tmp_path_factory.mktemp("logs"),
-        START_SECONDS,
-    )
-    assert result.scores, result.error
-    return result.scores
+    return answered(checkpoint, prompts, tmp_path_factory.mktemp("logs"))

@@ -17,6 +17,9 @@ import pytest
 from vllm_patch.cli import comparison, engine_process
 from vllm_patch.cli.comparison import Difference
 from vllm_patch.cli.cpu_fp8 import operators
+from vllm_patch.cli.engine_process import EngineProcess
+from vllm_patch.cli.model_config import ModelConfig
+from vllm_patch.cli.synthetic import write_checkpoint
 
 # A CPU for which vLLM has no FP8 operators.
 AVX2_ONLY = Path(__file__).parent / "avx2_only"
@@ -24,6 +27,30 @@ QWEN3_MOE = Path(__file__).parent.parent / "models" / "qwen3_moe_1536.json"
 START_SECONDS = 600
 # How far stock at another TP is from stock TP 1 in `make demo`; a wrong lead is 0.13.
 CONTROL = Difference(mean=0.0061, max=0.268, top1=0.986, positions=928)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """One layer: plain torch rounds elsewhere than vLLM's operators, in each."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    config = ModelConfig.read(QWEN3_MOE).with_layers(1)
+    write_checkpoint(config._with_text(moe_intermediate_size=384), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint, prompts, tmp_path_factory) -> dict:
+    """What stock answers at TP 1, offline."""
+    return answered(checkpoint, prompts, tmp_path_factory.mktemp("logs"))
+
+
+def answered(checkpoint, prompts, logs: Path) -> dict:
+    engine = {"model": str(checkpoint), "max_model_len": 128}
+    each = [[prompt] for prompt in prompts]
+    process = EngineProcess("stock TP 1", engine)
+    result = engine_process.run(process, each, logs, START_SECONDS)
+    assert result.scores, result.error
+    return result.scores
 
 
 @contextlib.contextmanager
@@ -109,7 +136,7 @@ def test_installed_package_serves_a_cut_size(
     assert gap.within(comparison.limits(CONTROL)), gap
     lines = [line for line in log.read_text().splitlines() if "FP8 layers cut" in line]
     assert len(lines) == 1
-    assert "2 MoE layers, 384 / TP 2 = 192 padded to 256" in lines[0]
+    assert "1 MoE layers, 384 / TP 2 = 192 padded to 256" in lines[0]
 
 
 def test_where_it_is_off_it_fails_as_stock_does(checkpoint, tmp_path):
