@@ -4,8 +4,8 @@
 
 Launches them on tensors without memory, and takes down what Triton would compile: the
 tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts inside a
-quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. The rule's largest
-tiles, which leave the fewest registers, come with each activation. Fails where a kernel
+quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. Some of the rule's
+tiles come with each activation. Fails where a kernel
 needs more shared memory than a block of the GPU has, or where one that starts while the
 kernel before it ends touches memory before it waits for that one.
 """

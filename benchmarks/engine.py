@@ -51,6 +51,16 @@ from vllm_patch.cli.synthetic import write_checkpoint
 RANK = 1
 PROMPTS = [16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384]
 BATCHES = {16: [1, 4, 16, 64, 256], 1024: [1, 4, 16, 64, 256], 16384: [1, 16]}
+# Of each engine that is measured or compared.
+COMMON = {
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "disable_custom_all_reduce": True,
+    # A step ends with its tokens.
+    "async_scheduling": False,
+    "disable_log_stats": True,
+    "seed": 0,
+}
 GRAPH_SIZES = [1, 4, 16, 64, 256, 512]
 MODES: dict[str, dict[str, Any]] = {
     "compiled": {"compilation_config": {"cudagraph_capture_sizes": GRAPH_SIZES}},
@@ -182,18 +192,12 @@ def spec_of(model: Model, mode: str, way: str, **measures: Any) -> dict[str, Any
     """Return what a process of ``engine_row`` is told, but for the checkpoint."""
     chosen = WAYS[way]
     engine = {
-        "skip_tokenizer_init": True,
+        **COMMON,
         "max_model_len": 20000,
         "max_num_batched_tokens": 16384,
         "max_num_seqs": 256,
-        "enable_prefix_caching": False,
-        "disable_custom_all_reduce": True,
         # vLLM's choice on Hopper; elsewhere FlashInfer's might be.
         "attention_backend": "FLASH_ATTN",
-        # A step ends with its tokens.
-        "async_scheduling": False,
-        "disable_log_stats": True,
-        "seed": 0,
         **MODES[mode],
         **chosen.engine,
     }

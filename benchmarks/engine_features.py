@@ -41,15 +41,10 @@ TOKENS = 24
 # Less is rounding: an adapter's product is as large as its layer's.
 LEAST_CHANGE = 0.05
 ENGINE = {
-    "skip_tokenizer_init": True,
+    **engine.COMMON,
     "max_model_len": 2048,
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 64,
-    "enable_prefix_caching": False,
-    "disable_custom_all_reduce": True,
-    "async_scheduling": False,
-    "disable_log_stats": True,
-    "seed": 0,
     # Other processes are on the GPU, too.
     "gpu_memory_utilization": 0.05,
     "kv_cache_memory_bytes": 1 << 30,

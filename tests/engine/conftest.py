@@ -10,14 +10,6 @@ from vllm_patch.cli.synthetic import write_checkpoint
 from .test_serve import QWEN3_MOE, answered
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiler_cache(tmp_path_factory):
-    """Inductor's cache knows the CPU, and not that it is to do with AVX2."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A Qwen3-MoE model of two layers with experts of 384 columns: 192 at TP 2."""

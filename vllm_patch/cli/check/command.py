@@ -41,22 +41,39 @@ EXAMPLES = """\
   vllm-patch check config.json -tp 8 --plot cut.svg"""
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
+# As vLLM spells it, too.
+TP = "--tp", "-tp", "--tensor-parallel-size"
+
+
+def parser_of(
+    commands: argparse._SubParsersAction,
+    name: str,
+    summary: str,
+    description: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    """Return the parser of a command about a model."""
     parser = commands.add_parser(
-        "check",
-        help="tell what a TP size does to a model, before it is loaded",
-        description=DESCRIPTION,
-        epilog=f"examples:\n{EXAMPLES}",
+        name,
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a checkpoint's folder, a config.json, or a hub id",
+        help="a checkpoint's folder, a config.json, or a hub id; weights are not read",
     )
+    return parser
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    summary = "tell what a TP size does to a model, before it is loaded"
+    parser = parser_of(commands, "check", summary, DESCRIPTION, EXAMPLES)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument(
-        *("--tp", "-tp", "--tensor-parallel-size"),
+        *TP,
         type=int,
         action="append",
         metavar="N",
@@ -106,8 +123,7 @@ def run(args: argparse.Namespace) -> int:
         )
     asked = args.tp or ALL
     for tp in asked:
-        if not 0 < tp <= MOST_TP:
-            raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+        _check_size(tp)
     if (mode := environment.mode()) not in MODES:
         raise UsageError(
             f"{VARIABLE}={mode}: with this, vLLM stops at its start. Unset it, or give "
@@ -116,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     found = checkpoint.read(args.model)
     how = quantization.read(found.fields, found.name)
     text = _text(found)
-    if how.block is None or how.format not in FORMATS:
+    if not _has_blocks(how):
         return _say_not_in_blocks(found, how, text, args.tp or (), args.json)
     # A release that is named is one as published.
     is_built_in = not args.vllm_version and plugin.built_in() is not None
@@ -156,16 +172,24 @@ def verdict(name: str, tp: int) -> Verdict:
         UsageError: The model cannot be read, or is not in FP8 blocks that could be cut.
 
     """
-    if not 0 < tp <= MOST_TP:
-        raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+    _check_size(tp)
     found = checkpoint.read(name)
     how = quantization.read(found.fields, found.name)
-    if how.block is None or how.format not in FORMATS:
+    if not _has_blocks(how):
         raise UsageError(f"{name}: {how.format} has no FP8 blocks that could be cut.")
     text = _text(found)
     model, _ = _layers(found, how, text)
     setting = Setting(_installed(), tp, PLATFORMS[0], AUTO, how.format, how.block)
     return Verdict(model, text, setting)
+
+
+def _check_size(tp: int) -> None:
+    if not 0 < tp <= MOST_TP:
+        raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+
+
+def _has_blocks(how: Quantization) -> bool:
+    return how.block is not None and how.format in FORMATS
 
 
 def _say_not_in_blocks(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_patch.cli import UsageError, environment, remove, signals_held
+from vllm_patch.cli.check import command as check
 from vllm_patch.cli.tune.cases import Case, cases
 
 if TYPE_CHECKING:
@@ -35,20 +36,10 @@ EXAMPLES = """\
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "tune",
-        help="find the fastest tiles for a model on this GPU, once",
-        description=DESCRIPTION,
-        epilog=f"examples:\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    summary = "find the fastest tiles for a model on this GPU, once"
+    parser = check.parser_of(commands, "tune", summary, DESCRIPTION, EXAMPLES)
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a checkpoint's folder, a config.json, or a hub id; weights are not read",
-    )
-    parser.add_argument(
-        *("--tp", "-tp", "--tensor-parallel-size"),
+        *check.TP,
         type=int,
         required=True,
         metavar="N",
