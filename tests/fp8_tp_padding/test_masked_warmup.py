@@ -14,6 +14,11 @@ from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
     tile_choice,
     tuned_tiles,
 )
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels.tiles import (
+    PairTiles,
+    SortedTiles,
+    Tile,
+)
 from vllm.model_executor.layers.quantization.fp8_tp_padding.slices.shard import (
     block_shard,
 )
@@ -129,15 +134,22 @@ def test_no_number_of_tokens_compiles(tiles, launched, name, hopper, binaries):
     assert not_warm(calls, launched) == []
 
 
-@pytest.mark.parametrize("name", ["tuned", "rule"])
+TILE = Tile(64, 4, 3)
+# Of 257 to 384 tokens, eight parts would need more than sorted pairs of 385.
+SPLIT = {256: PairTiles(TILE, TILE, 8), 512: SortedTiles(16, TILE, TILE)}
+
+
+@pytest.mark.parametrize("name", ["tuned", "rule", "split"])
 def test_the_workspace_of_the_largest_call_does_for_all(tiles, name):
-    tiles(tuned_for_h200() if name == "tuned" else {}, True)
+    tiles({"tuned": tuned_for_h200(), "rule": {}, "split": SPLIT}[name], True)
     masked_experts.planned.cache_clear()
     masked_experts._bytes_of_pairs.cache_clear()
-    top_k, experts, hidden, shard = Calls(*SIZES[name]).sizes
+    top_k, experts, hidden, shard = Calls(
+        *SIZES["tuned" if name == "tuned" else "rule"]
+    ).sizes
     sizes = top_k, hidden, experts, shard, torch.bfloat16
     needed = 0
-    for most in range(1, 257):
+    for most in range(1, 400):
         needed = max(needed, masked_experts.planned(most, *sizes).workspace_bytes)
         assert masked_experts.workspace_bytes(most, *sizes) == needed
 

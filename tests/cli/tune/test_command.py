@@ -26,7 +26,7 @@ FASTEST = SortedTiles(32, Tile(64, 4, 2, swap=True), Tile(128, 4, 2, swap=True),
 
 def differing(tiles) -> int:
     """Count the fields that are not the fastest ones."""
-    wrong = getattr(tiles, "block_m", 0) != FASTEST.block_m
+    wrong = tiles.block_m != FASTEST.block_m
     for name in ("gate_up", "down"):
         tile, best = getattr(tiles, name), getattr(FASTEST, name)
         wrong += sum(vars(tile)[field] != vars(best)[field] for field in vars(tile))

@@ -24,7 +24,7 @@ def option(block_m: int, cost: float) -> Option:
 
 
 def blocks(options: list[Option]) -> list[int]:
-    return [candidates.rows(each.tiles) for each in options]
+    return [each.tiles.block_m for each in options]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
 )
 def test_paths_by_pairs_of_an_expert(tokens, kinds):
     found = candidates.starts(path(tokens).problem)
-    assert [candidates.rows(tiles) for tiles in found] == kinds
+    assert [tiles.block_m for tiles in found] == kinds
 
 
 def test_unsorted_pairs_that_fill_the_gpu_are_operands_of_wgmma():

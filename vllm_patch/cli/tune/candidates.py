@@ -75,13 +75,8 @@ def starts(problem: Problem) -> list[Tiles]:
     return found
 
 
-def rows(tiles: Tiles) -> int:
-    """Return how many pairs a block has: 0 if they are not sorted."""
-    return getattr(tiles, "block_m", 0)
-
-
 def gate_up(path: Path) -> list[Tiles]:
-    block_m = rows(path.tiles) or LEAST_ROWS
+    block_m = path.tiles.block_m or LEAST_ROWS
     return [
         replace(path.tiles, gate_up=tile, **splits).fit(path.problem.hidden)
         for tile in _gate_up_tiles(path)

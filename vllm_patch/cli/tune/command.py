@@ -210,7 +210,7 @@ def _table(chosen: "dict[int, Option]") -> str:
     for tokens, option in chosen.items():
         said, gain = "kept", "-"
         if option.after != option.before:
-            block_m = getattr(option.tiles, "block_m", None)
+            block_m = option.tiles.block_m
             said = f"blocks of {block_m}" if block_m else "not sorted"
             gain = f"{option.before / option.after:.2f}x"
         times = f"{option.before:7.1f} us {option.after:7.1f} us"

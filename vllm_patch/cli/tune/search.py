@@ -74,7 +74,7 @@ def _descend(batches: Iterable[Batch], compilers: Compilers) -> dict[int, list[T
     paths: list[tuple[Batch, Path]] = []
     for batch in batches:
         starts = [*candidates.starts(batch.problem), batch.present]
-        of_each = {candidates.rows(tiles): tiles for tiles in starts}
+        of_each = {tiles.block_m: tiles for tiles in starts}
         paths += [(batch, batch.path(tiles)) for tiles in of_each.values()]
     for number, (name, choices) in enumerate(candidates.STEPS.items(), 1):
         tried = [[path.tiles, *choices(path)] for _, path in paths]
@@ -153,7 +153,7 @@ def in_order(options: Sequence[Sequence[Option]]) -> list[Option]:
     for several in options:
         following: dict[int, tuple[float, list[Option]]] = {}
         for option in several:
-            block_m = candidates.rows(option.tiles)
+            block_m = option.tiles.block_m
             before = [each for least, each in best.items() if least <= block_m]
             if not before:
                 continue

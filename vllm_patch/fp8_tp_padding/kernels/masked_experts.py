@@ -26,12 +26,10 @@ from .fp8_quant import BLOCK
 from .masked_activation import Activation
 from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
 from .masked_warmup import warm_up
-from .tile_choice import tiles_for
+from .tile_choice import MOST_SPLIT, tiles_for
 
 # Down holds its tiles of all blocks in shared memory.
 MAX_BLOCKS = 4
-# Tokens beyond which nothing is split along K.
-MOST_SPLIT = 256
 
 
 class MaskedTritonExperts(TritonExperts):

@@ -415,20 +415,23 @@ def _load_h(
     h_ptr,  # [num_pairs, SIZE], or [SPLITS, SHARDS, num_pairs, SIZE] fp32
     pair,
     is_pair,
-    num_pairs,
     weight,
-    dtype: tl.constexpr,
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHARDS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    BETA: tl.constexpr,
+    SPLITS: tl.constexpr = 1,
+    SHARDS: tl.constexpr = 2,
+    ACTIVATION: tl.constexpr = "silu",
+    LIMIT: tl.constexpr = None,
+    ALPHA: tl.constexpr = 1,
+    BETA: tl.constexpr = 0,
+    num_pairs=0,
+    dtype: tl.constexpr = None,
 ):
-    """Operands of down: codes and scales of each block, scales times weights."""
+    """Operands of down: codes and scales of each block, scales times weights.
+
+    What comes after ``NUM_BLOCKS`` is for gate and up that were split along K.
+    """
     codes = ()
     scales = ()
     pair = pair.to(tl.int64)
@@ -522,10 +525,7 @@ def down_kernel(
     weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
-    codes, scales = _load_h(
-        *(h_ptr, pair, is_pair, num_pairs, weight),
-        *(None, SIZE, LEAD, NUM_BLOCKS, 1, 1, "", None, 1, 0),
-    )
+    codes, scales = _load_h(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS)
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
     for start in tl.range(0, K // SPLITS, BLOCK_N, num_stages=NUM_STAGES):
@@ -595,9 +595,9 @@ def down_and_sum_kernel(
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
     codes, scales = _load_h(
-        *(h_ptr, pair, is_pair, num_tokens * TOP_K, weight),
-        *(out_ptr.dtype.element_ty, SIZE, LEAD, NUM_BLOCKS, SPLITS),
-        *(SHARDS, ACTIVATION, LIMIT, ALPHA, BETA),
+        *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+        *(SPLITS, SHARDS, ACTIVATION, LIMIT, ALPHA, BETA),
+        *(num_tokens * TOP_K, out_ptr.dtype.element_ty),
     )
     row = start + tl.arange(0, BLOCK_N)
     out = _zeros(ROWS, BLOCK_N, SWAP)

@@ -254,16 +254,13 @@ class PairPlan(_Plan):
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        nothing = {"counts_ptr": None, "placed_ptr": None} | {
-            "EXPERTS": 0,
-            "BINS": 0,
-            "CHUNK": 0,
-        }
-        unsorted = {f"{name}_ptr": None for name in PLACES} | {"SORTED": False}
+        pairs = self.problem.num_pairs
+        uncounted = dict.fromkeys(("EXPERTS", "BINS", "CHUNK"), 0)
+        unsorted = {f"{name}_ptr": None for name in PLACES}
         return [
-            self._prepare(chunks=0, **nothing),
+            self._prepare(chunks=0, counts_ptr=None, placed_ptr=None, **uncounted),
             self._gate_up(
-                self.problem.num_pairs, LEAST_ROWS, splits=self.splits, **unsorted
+                pairs, LEAST_ROWS, splits=self.splits, SORTED=False, **unsorted
             ),
             self._down_and_sum(),
         ]

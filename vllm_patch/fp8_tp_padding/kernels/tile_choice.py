@@ -5,11 +5,16 @@
 The rule tells Hopper from all other GPUs.
 """
 
+from dataclasses import replace
+
 from vllm.platforms import current_platform
 
 from ..slices.shard import BlockShard
 from .tiles import PairTiles, SortedTiles, Tile, Tiles
 from .tuned_tiles import tuned_tiles
+
+# Tokens beyond which nothing is split along K: ``workspace_bytes`` looks no further.
+MOST_SPLIT = 256
 
 
 def tiles_for(
@@ -28,7 +33,10 @@ def tiles_for(
     tuned = tuned_tiles(num_experts, shard.size)
     if tuned:
         nearest = min(tuned, key=lambda tokens: abs(tokens - num_tokens))
-        return tuned[nearest].fit(hidden)
+        tiles = tuned[nearest]
+        if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
+            tiles = replace(tiles, gate_up_splits=1)
+        return tiles.fit(hidden)
     hopper = current_platform.is_device_capability(90)
     return rule(num_tokens * top_k / num_experts, hopper).fit(hidden)
 

@@ -4,6 +4,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ..slices.shard import BlockShard
 from .fp8_quant import BLOCK
@@ -67,6 +68,7 @@ class PairTiles:
     """For few tokens: each pair is a block, and down sums a token's experts.
 
     Attributes:
+        block_m: 0, as pairs are not sorted into blocks.
         gate_up: Tile of gate and up.
         down: Tile of down.
         gate_up_splits: Programs that share a tile of gate and up along ``hidden``.
@@ -75,6 +77,7 @@ class PairTiles:
 
     """
 
+    block_m: ClassVar[int] = 0
     gate_up: Tile
     down: Tile
     gate_up_splits: int = 1

@@ -93,7 +93,7 @@ def read_config(path: Path) -> dict[int, Tiles]:
             ) from error
     tuned = dict(sorted(tuned.items()))
     for fewer, more in itertools.pairwise(tuned):
-        least, block_m = (getattr(tuned[n], "block_m", 0) for n in (fewer, more))
+        least, block_m = (tuned[n].block_m for n in (fewer, more))
         if block_m < least:
             raise ValueError(
                 f"{path}: pairs come in blocks of {least} for {fewer} tokens and of "
