@@ -133,7 +133,7 @@ MUTANTS = (
     ),
     Mutant(
         "experts: sorting counts on from the call before",
-        "kernels/masked_kernels.py",
+        "kernels/pair_kernels.py",
         "tl.store(placed_ptr + bins, tl.zeros([BINS], tl.int32))",
         "tl.store(placed_ptr + bins, tl.zeros([BINS], tl.int32) + 1)",
     ),

@@ -99,6 +99,7 @@ COMMITS = (
         name="masked",
         sources=(
             "kernels/masked_*.py",
+            "kernels/pair_kernels.py",
             "kernels/launches.py",
             "kernels/workspace.py",
             "kernels/tiles.py",

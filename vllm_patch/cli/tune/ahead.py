@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
-from vllm_patch.fp8_tp_padding.kernels import masked_kernels, masked_moe
+from vllm_patch.fp8_tp_padding.kernels import masked_moe
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import FP8
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles
 
@@ -41,7 +41,7 @@ class Compilers:
     def __init__(self, arch: int):
         # In Triton 3.7 a kernel's key depends on whose keys were asked for before, and
         # what is forked from here knows all.
-        for value in vars(masked_kernels).values():
+        for value in vars(masked_moe).values():
             if isinstance(value, triton.JITFunction):
                 _ = value.cache_key
         self._processes = futures.ProcessPoolExecutor(

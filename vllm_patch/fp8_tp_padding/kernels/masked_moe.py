@@ -26,10 +26,9 @@ from .masked_kernels import (
     down_and_sum_kernel,
     down_kernel,
     gate_up_kernel,
-    prepare_kernel,
-    sort_kernel,
     sum_kernel,
 )
+from .pair_kernels import prepare_kernel, sort_kernel
 from .tiles import PairTiles, SortedTiles, Tiles
 from .workspace import Buffers
 
