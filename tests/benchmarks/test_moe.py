@@ -26,10 +26,14 @@ CASE = Case("tiny", 4, 2, 256, 384, 2, why="small")
 
 @pytest.fixture
 def check(monkeypatch, plugin):
-    """Return the command for a case that a CPU can run."""
+    """Return the command for a case that a CPU can run, of tokens that it has time for.
+
+    Sorted: eight tokens are four pairs for each expert.
+    """
     monkeypatch.setattr(moe, "CASES", [CASE])
+    monkeypatch.setattr(moe, "AVERAGED_TOKENS", 8)
     arguments = ["--check-only", "--columns", "ours", "padded", "--tokens"]
-    return lambda tokens=64, *options: moe.main([*arguments, str(tokens), *options])
+    return lambda tokens=8, *options: moe.main([*arguments, str(tokens), *options])
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
@@ -43,7 +47,6 @@ def test_the_plugins_layer_passes(check, monkeypatch, tokens):
     "what", [{"activation": "gelu_tanh"}, {"swiglu_limit": 1.0}], ids=str
 )
 def test_an_activation_passes_and_another_does_not(check, monkeypatch, what):
-    monkeypatch.setattr(moe, "AVERAGED_TOKENS", 8)
     monkeypatch.setattr(moe, "CASES", [replace(CASE, **what)])
     assert check(8, "--columns", "ours") == 0
     make = moe_layers._routed_experts
@@ -65,7 +68,7 @@ def test_the_plugins_layer_passes_in_other_formats(check, name):
     if not FORMATS[name].is_in_release:
         pytest.skip(f"this release has no {name} in FP8 blocks")
     config = str(FORMATS[name].path)
-    assert check(64, "--config", config) == 0
+    assert check(8, "--config", config) == 0
 
 
 def flipped_scales(experts, loaded):
@@ -88,7 +91,7 @@ def test_what_is_loaded_wrong_does_not_pass(check, monkeypatch, capsys, change):
         return weights
 
     monkeypatch.setattr(moe_layers, "_load", load)
-    assert check(16, "--columns", "ours") == 1
+    assert check(8, "--columns", "ours") == 1
     assert "random routing: error of 128 columns" in capsys.readouterr().out
 
 
@@ -100,13 +103,13 @@ def test_one_wrong_rank_does_not_pass(check, monkeypatch, capsys):
         value = stock_value(layer, x, routing).clone()
         calls.append(not layer.what.is_stock and layer.what.rank == 1)
         if calls[-1] and calls.count(True) == 2:  # The skewed routing.
-            value[17, 3] += value[17].abs().max()
+            value[5, 3] += value[5].abs().max()
         return value
 
     monkeypatch.setattr(moe, "_value", one_is_wrong)
-    assert check() == 1
+    assert check(8, "--columns", "ours") == 1
     problems = capsys.readouterr().out.partition("PROBLEM: ")[2]
-    assert "rank 1, 64 tokens, skewed routing: error" in problems.splitlines()[0]
+    assert "rank 1, 8 tokens, skewed routing: error" in problems.splitlines()[0]
 
 
 def test_stock_is_measured_by_what_it_rounds(check, monkeypatch, capsys):
@@ -114,13 +117,13 @@ def test_stock_is_measured_by_what_it_rounds(check, monkeypatch, capsys):
     from vllm.model_executor.layers.fused_moe.experts import triton_moe
     from vllm.model_executor.layers.quantization.utils import fp8_utils
 
-    assert check() == 0
+    assert check(8, "--columns", "padded") == 0
     assert "activation scales exact" in capsys.readouterr().out
     for module in (fp8_utils, triton_moe):
         monkeypatch.setattr(
             module, "is_deep_gemm_e8m0_used", lambda: True, raising=False
         )
-    assert check() == 0
+    assert check(8, "--columns", "padded") == 0
     stock = [
         line
         for line in capsys.readouterr().out.splitlines()

@@ -53,10 +53,10 @@ def test_ranks_rebuild_the_checkpoint_exactly(of_experts, monkeypatch, total):
         assert torch.equal(whole, checkpoint.dequantized(shard)), shard
 
 
-@pytest.mark.parametrize("total", TOTALS)
 @pytest.mark.parametrize("store", ["auto", "padded"])
-def test_ranks_sum_to_the_reference(of_experts, monkeypatch, total, store):
+def test_ranks_sum_to_the_reference(of_experts, monkeypatch, store):
     """On masked kernels, through the method, and on vLLM's."""
+    total = 640
     monkeypatch.setenv("VLLM_FP8_TP_PADDING", store)
     checkpoint = Checkpoint.exact(total, experts=EXPERTS, hidden=HIDDEN)
     inputs = routing()

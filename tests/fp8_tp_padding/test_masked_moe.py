@@ -113,12 +113,12 @@ def test_codes_and_scales_of_any_value(path):
 @pytest.mark.parametrize("path", ["pairs, split", "sorted, swapped"])
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "silu"])
 def test_activations(name, path):
-    """On each of eight ranks, those that start inside a block first."""
+    """On a rank that lies over two blocks, and on one inside a block."""
     activation = ACTIVATIONS[name]
     checkpoint = Checkpoint.exact(640, EXPERTS, HIDDEN, gated=activation.gated)
     x, *routed = tokens(3)
     inputs = x * activation.bend, *routed
-    for rank in 1, 3, 5, 7, 0, 2, 4, 6:
+    for rank in 1, 5:
         layer = compact_layer(640, 8, rank, checkpoint, **activation.kwargs)
         out = run(layer, PATHS[path], *inputs)
         reference(checkpoint, 640, 8, *inputs, None, [rank], name).check(out)

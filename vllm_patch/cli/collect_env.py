@@ -9,7 +9,8 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -60,15 +61,11 @@ def _mode() -> str:
 
 
 def _packages() -> str:
-    return ", ".join(_versions())
-
-
-def _versions() -> Iterator[str]:
+    found = []
     for name in PACKAGES:
-        try:
-            yield f"{name} {metadata.version(name)}"
-        except metadata.PackageNotFoundError:
-            continue
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def _padding() -> str:
