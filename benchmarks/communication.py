@@ -5,7 +5,22 @@ for 4, 91 for 8, 136 for 16 (ByteDance-Seed/Triton-distributed, issue 57), and 4
 of bus bandwidth for the largest. A latency and a bandwidth describe that to a third:
 they say too little from 1 to 16 MB, which are 128 to 2048 tokens of 4096. vLLM's own
 kernels for small messages take about half; all ways of one TP size add the same.
+
+``python -m benchmarks.communication ONE EIGHT`` prints how far it was off: rows of
+``benchmarks.engine`` of one rank alone, with what the model adds, and those of all.
 """
+
+import argparse
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+from benchmarks.plot_moe import read
+
+# What makes two rows one.
+KEYS = "model", "layers", "mode", "way", "tp_size", "measure", "tokens", "context"
+HEAD = "one rank", "with model", "real", "off", "us each"
 
 LATENCY_US = 19.0
 BYTES_PER_US = 200e3
@@ -20,3 +35,47 @@ def step_ms(tokens: int, hidden: int, layers: int) -> float:
     """Return milliseconds of a step's all-reduces of bfloat16 activations."""
     each = all_reduce_us(tokens * hidden * 2)
     return PER_LAYER * layers * each / 1e3
+
+
+def compared(
+    alone: list[dict[str, str]], real: list[dict[str, str]]
+) -> Iterator[tuple[tuple[str, ...], tuple[float, ...]]]:
+    """Yield the key of each step that both have, and its columns.
+
+    They are milliseconds of one rank, with the model, and of all; the model's share of
+    the latter less 1; microseconds of an all-reduce that would have made it exact.
+    """
+    found = {tuple(row[key] for key in KEYS): row for row in real}
+    for row in alone:
+        key = tuple(row[key] for key in KEYS)
+        if row["communication_ms"] and key in found:
+            rank, total = float(row["value"]), float(found[key]["value"])
+            modelled = rank + float(row["communication_ms"])
+            each = 1e3 * (total - rank) / (PER_LAYER * int(row["layers"]))
+            yield key, (rank, modelled, total, modelled / total - 1, each)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("one", help="file of benchmarks.engine")
+    parser.add_argument("eight", help="file of benchmarks.engine --gpus 8")
+    args = parser.parse_args(argv)
+    ratios = defaultdict(list)
+    print(f"{'':48}" + "".join(f"{name:>11}" for name in HEAD))
+    for key, (*times, off, each) in compared(read(args.one), read(args.eight)):
+        model, _, mode, way, _, measure, *_ = key
+        ratios[model, mode, way, measure].append(1 + off)
+        cells = "".join(f"{value:11.4g}" for value in times)
+        where = " ".join(filter(None, key[2:4] + key[5:]))
+        print(f"{where:48}{cells}{off:11.1%}{each:11.1f}")
+    if not ratios:
+        parser.error("the files have no step in common: same --modes and --layers?")
+    for key, values in ratios.items():
+        mean = statistics.geometric_mean(values) - 1
+        worst = max(values, key=lambda value: abs(value - 1)) - 1
+        print(f"{', '.join(key)}: {mean:+.1%}, at most {worst:+.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import engine
+from benchmarks import engine_child, engine_ways
 from benchmarks.lora_adapters import ADAPTERS, write_adapters, write_stock
 from benchmarks.quantized import relative_error
 from benchmarks.run import environment, parser_of
@@ -34,14 +34,14 @@ from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.synthetic import write_checkpoint
 
 MODELS = Path(__file__).parent.parent / "tests" / "models"
-TP, RANK = 8, engine.RANK
+TP, RANK = 8, engine_ways.RANK
 # Sequences, and the length of their prompts: both kinds of plans.
 BATCHES = [(1, 16), (4, 17), (16, 5), (64, 3), (1, 400)]
 TOKENS = 24
 # Less is rounding: an adapter's product is as large as its layer's.
 LEAST_CHANGE = 0.05
 ENGINE = {
-    **engine.COMMON,
+    **engine_ways.COMMON,
     "max_model_len": 2048,
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 64,
@@ -50,7 +50,7 @@ ENGINE = {
     "kv_cache_memory_bytes": 1 << 30,
 }
 ON_GPU = {"attention_backend": "FLASH_ATTN"}
-SHARED_MODES = {mode: engine.MODES[mode] for mode in ("eager", "graphs")}
+SHARED_MODES = {mode: engine_ways.MODES[mode] for mode in ("eager", "graphs")}
 # For so few pairs an expert as of one token, tiles of the rule launch dependently.
 SHARED_SIZES = {"num_hidden_layers": 3, "n_routed_experts": 64}
 ONE_STREAM = {"VLLM_DISABLE_SHARED_EXPERTS_STREAM": "1"}
@@ -99,7 +99,7 @@ def served(
         out = folder / f"{name}.pt"
         spec = {"tp_size": TP, "rank": RANK, "logits": str(out), **spec}
         spec = {"batches": BATCHES, "tokens": TOKENS, **spec}
-        found = engine.process(spec, variables, "benchmarks.served_row")
+        found = engine_child.process(spec, variables, "benchmarks.served_row")[0]
         return {**found, "logits": torch.load(out)}
 
     results, problems = {}, []
@@ -108,7 +108,7 @@ def served(
     for name, future in futures.items():
         try:
             results[name] = future.result()
-        except engine.RowFailed as error:
+        except engine_child.RowFailed as error:
             problems.append(f"{name}: {error}")
             print(f"  {name} failed:", error.log[-4000:], sep="\n", flush=True)
     return results, problems

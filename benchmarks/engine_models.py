@@ -147,3 +147,20 @@ MODELS = (
         },
     ),
 )
+
+
+def small(tp_size: int) -> Model:
+    """Return a model whose experts are cut alike, small enough for any machine."""
+    sizes = {
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+        "moe_intermediate_size": 192 * tp_size,
+        "num_experts": 16,
+    }
+    return Model(
+        f"small-TP{tp_size}", tp_size, "experts: 192 columns", QWEN3_MOE, sizes
+    )

@@ -1,6 +1,7 @@
-"""One row of ``benchmarks.engine``: a process with one engine, and what it measures.
+"""Rows of ``benchmarks.engine``: a process with one engine, and what it measures.
 
-``python -m benchmarks.engine_row SPEC OUT`` reads a JSON object, and writes another.
+``python -m benchmarks.engine_row SPEC OUT`` reads a JSON object, and writes a row's to
+each line of the other file as soon as it is known.
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ import torch
 
 from benchmarks.one_rank import engine_is_rank_of
 from vllm_patch import plugin
+from vllm_patch.cli.cpu_fp8 import operators
+
+Row = dict[str, Any]
 
 GIB = 2**30
+# The last row of a process that measured all it was told to.
+END = "total_s"
 # Steps that are timed after the first ones of a batch, and of all prompts at a time.
 DECODE_STEPS = 32
 SKIPPED_STEPS = 3
@@ -84,8 +90,14 @@ class Engine:
             yield self.step()
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
-    """Start a spec's engine, and measure what the spec names."""
+def run(spec: dict[str, Any], known: Callable[[Row], None]) -> None:
+    """Start a spec's engine, and measure what the spec names.
+
+    Args:
+        spec: What to serve, and what to measure.
+        known: Gets each row once it is known.
+
+    """
     engine, seconds = start(spec)
     if "logits" in spec:
         torch.save(logits(engine), spec["logits"])
@@ -93,26 +105,39 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
         engine.serve([length], tokens=2)
     for batch in spec.get("batches", ()):
         engine.serve(batch * [16], tokens=4)
-    measured = [{"measure": "load_s", "value": seconds}, *sizes(engine)]
+    rank = engine.llm.collective_rpc(on_rank)[-1]
+    for found in measured(spec, engine, seconds, rank):
+        if found:
+            known({**found, "experts": rank["experts"]})
+
+
+def measured(
+    spec: dict[str, Any], engine: Engine, load_seconds: float, rank: dict[str, Any]
+) -> Iterator[Row | None]:
+    """Yield rows in the order they are known; None or an empty one: left out."""
+    yield {"measure": "load_s", "value": load_seconds}
+    yield from sizes(engine, rank)
     for prompt in spec.get("prefill", ()):
-        measured.append(prefill(engine, prompt))
+        yield prefill(engine, prompt)
     for context, batches in spec.get("decode", {}).items():
         for batch in batches:
-            measured.append(decode(engine, int(context), batch))
+            yield decode(engine, int(context), batch)
     if spec.get("mixed"):
-        measured.append(mixed(engine))
+        yield mixed(engine)
     if spec.get("calls"):
-        measured += [called(engine, tokens) for tokens in CALLED_TOKENS]
-    return {"experts": experts_of(engine.model), "rows": [m for m in measured if m]}
+        yield from (called(engine, tokens) for tokens in CALLED_TOKENS)
 
 
 def start(spec: dict[str, Any]) -> tuple[Engine, float]:
-    """Build ``LLM(**spec["engine"])`` as a rank; return it, and the seconds it took."""
-    rank = spec["tp_size"], spec["rank"]
+    """Build ``LLM(**spec["engine"])``; return it, and the seconds it took.
+
+    Where the spec has a rank, the engine is that one, alone.
+    """
     import vllm
 
     plugin.register()
-    engine_is_rank_of(*rank)
+    if "rank" in spec:
+        engine_is_rank_of(spec["tp_size"], spec["rank"])
     started = time.monotonic()
     llm = vllm.LLM(**spec["engine"])
     seconds = time.monotonic() - started
@@ -136,20 +161,27 @@ def experts_of(model: torch.nn.Module) -> str:
     return ""
 
 
-def sizes(engine: Engine) -> list[dict[str, Any]]:
+def on_rank(worker) -> dict[str, Any]:
+    """Return what only a rank's process knows of its experts and its memory."""
     from vllm.v1.worker.workspace import current_workspace_manager
 
-    weights = {t.data_ptr(): t.nbytes for t in engine.model.parameters()}
-    cache = engine.llm.llm_engine.vllm_config.cache_config
-    rows = {
-        "weights_gib": sum(weights.values()) / GIB,
-        "kv_blocks": cache.num_gpu_blocks,
-        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
-    }
+    model = worker.get_model()
+    weights = {t.data_ptr(): t.nbytes for t in model.parameters()}
+    found = {"experts": experts_of(model), "weights_gib": sum(weights.values()) / GIB}
     if torch.cuda.is_available():
         workspaces = current_workspace_manager()._current_workspaces
         used = sum(w.nbytes for w in workspaces if w is not None)
-        rows["workspace_gib"] = used / GIB
+        found["workspace_gib"] = used / GIB
+    return found
+
+
+def sizes(engine: Engine, rank: dict[str, Any]) -> list[Row]:
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    rows = {
+        **{name: value for name, value in rank.items() if name.endswith("_gib")},
+        "kv_blocks": cache.num_gpu_blocks,
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+    }
     return [{"measure": name, "value": value} for name, value in rows.items()]
 
 
@@ -253,9 +285,21 @@ def noted_logits(engine: Engine) -> Iterator[list[torch.Tensor]]:
         yield found
 
 
-def main(spec: str, out: str) -> None:
-    Path(out).write_text(json.dumps(run(json.loads(Path(spec).read_text()))))
+def main(spec: str, out: str, measure: Callable = run) -> None:
+    """Write each row of ``measure(spec, known)`` at once, and one that ends them."""
+    started = time.monotonic()
+    with open(out, "w") as file:
 
+        def known(row: Row) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        measure(json.loads(Path(spec).read_text()), known)
+        known({"measure": END, "value": time.monotonic() - started})
+
+
+if __name__ in ("__main__", "__mp_main__"):  # The latter in processes it spawns.
+    operators.install()
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

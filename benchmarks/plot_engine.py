@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.engine import tables
+from benchmarks.engine_rows import tables
 from benchmarks.panels import Panel, drawing
 from benchmarks.plot_moe import STYLES as EXPERTS
 from benchmarks.plot_moe import read

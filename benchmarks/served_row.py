@@ -1,13 +1,12 @@
 """A process of ``benchmarks.engine_features``: an engine, and its logits.
 
-``python -m benchmarks.served_row SPEC OUT`` reads a JSON object, and writes another.
+``python -m benchmarks.served_row SPEC OUT`` reads a JSON object, and writes a line.
 """
 
 import contextlib
-import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +19,7 @@ from benchmarks import engine_row
 TURNS = 2
 
 
-def run(spec: dict[str, Any]) -> dict[str, Any]:
+def run(spec: dict[str, Any], known: Callable[[dict[str, Any]], None]) -> None:
     """Serve a spec's batches with each of its adapters; save logits of all steps."""
     with noted_uses() as uses:
         engine, _ = engine_row.start(spec)
@@ -29,7 +28,7 @@ def run(spec: dict[str, Any]) -> dict[str, Any]:
             for index, adapter in enumerate(spec["adapters"])
         ]
     torch.save(logits, spec["logits"])
-    return {"experts": engine_row.experts_of(engine.model), "uses": dict(+uses)}
+    known({"experts": engine_row.experts_of(engine.model), "uses": dict(+uses)})
 
 
 def served(
@@ -78,9 +77,5 @@ def noted_uses() -> Iterator[Counter[str]]:
         yield uses
 
 
-def main(spec: str, out: str) -> None:
-    Path(out).write_text(json.dumps(run(json.loads(Path(spec).read_text()))))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    engine_row.main(*sys.argv[1:], run)

@@ -1,14 +1,26 @@
 """The engine's benchmark, with processes that answer at once."""
 
+import contextlib
 import csv
 import json
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import communication, engine, engine_row, plot_engine
+from benchmarks import (
+    communication,
+    engine,
+    engine_check,
+    engine_child,
+    engine_row,
+    engine_rows,
+    engine_ways,
+    plot_engine,
+)
 from benchmarks.engine_models import MODELS
 
 MODEL = MODELS[0]
@@ -38,49 +50,80 @@ def test_the_model_of_communication_is_near_what_is_published():
 
 
 class Processes:
-    """What stands for processes of ``engine_row``: they note what they are told."""
+    """What stands for processes of rows: they note what they are told."""
 
     def __init__(self):
         self.told = []
         self.failing: set[str] = set()
         self.layers = 94
         self.logits = {"this": 1.001, "padded": 1.0, "refined": 1.01}
+        # Rows after which the time is over.
+        self.in_time = 10**6
 
-    def __call__(self, spec, variables):
-        given = {**variables, **spec["engine"], "tp_size": spec["tp_size"]}
+    def __call__(self, spec, variables, module=None, known=None, deadline=None):
+        tp_size = spec.get("tp_size") or spec["engine"]["tensor_parallel_size"]
+        given = {**variables, **spec["engine"], "tp_size": tp_size}
         ways = {
             name: {
                 **{**each.environment, **each.engine},
                 "tp_size": MODEL.tp_size // (1 + each.halves),
             }
-            for name, each in engine.WAYS.items()
+            for name, each in engine_ways.WAYS.items()
         }
         # Expert parallelism is stock with one argument more.
         fitting = [name for name, said in ways.items() if said.items() <= given.items()]
         way = max(fitting, key=lambda name: len(ways[name]))
         self.told.append((way, spec, variables))
         if way in self.failing:
-            raise engine.RowFailed("ValueError: refused")
+            raise engine_child.RowFailed("ValueError: refused")
         if "logits" in spec:
             torch.save(torch.full((2, 8), self.logits[way]), spec["logits"])
-            return {"rows": []}
+            return []
         config = json.loads(Path(spec["engine"]["model"], "config.json").read_text())
         assert config["num_hidden_layers"] == self.layers
-        factor = 1 if way == "this" else 1.5
-        rows = [
-            {"measure": "decode_ms", "tokens": n, "context": 1024, "value": factor * n}
-            for n in (1, 16)
-        ]
-        rows.append({"measure": "prefill_ms", "tokens": 512, "value": 7 * factor})
-        return {"experts": "Triton 192", "rows": rows}
+        rows = self.rows(spec, 1 if way == "this" else 1.5)
+        for row in rows:
+            self.in_time -= 1
+            if self.in_time < 0:
+                raise engine_child.OutOfTime
+            known({"experts": "Triton 192", **row})
+        return rows
+
+    def rows(self, spec, factor) -> list[dict]:
+        if "servers" in spec:
+            assert Path(spec["engine"]["model"], "tokenizer.json").is_file()
+            rows = [
+                {
+                    "measure": "tpot_ms",
+                    "tokens": n,
+                    "context": 1024,
+                    "value": factor * n,
+                }
+                for n in spec["concurrent"]
+            ]
+        else:
+            rows = [
+                {
+                    "measure": "decode_ms",
+                    "tokens": n,
+                    "context": 1024,
+                    "value": factor * n,
+                }
+                for n in (1, 16)
+            ]
+            rows.append({"measure": "prefill_ms", "tokens": 512, "value": 7 * factor})
+        return [*rows, {"measure": "total_s", "value": 100.0}]
 
 
 @pytest.fixture
 def processes(monkeypatch):
     found = Processes()
-    monkeypatch.setattr(engine, "process", found)
-    monkeypatch.setattr(engine, "_write_small", lambda model, folder: None)
+    monkeypatch.setattr(engine_child, "process", found)
+    monkeypatch.setattr(engine_check, "_write_small", lambda model, folder: None)
+    tokenizer = lambda size, folder: (folder / "tokenizer.json").touch()  # noqa: E731
+    monkeypatch.setattr(engine, "write_tokenizer", tokenizer)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     return found
 
@@ -131,7 +174,7 @@ def test_logits_that_are_off_are_a_problem(run, processes, capsys):
 def test_where_stock_refuses_the_bound_is_fixed(run, processes, capsys):
     processes.failing = {"refined"}
     assert run()[0] == 0
-    processes.logits["this"] = 1 + 2 * engine.TOLERATED
+    processes.logits["this"] = 1 + 2 * engine_check.TOLERATED
     assert run()[0] == 1
 
 
@@ -151,7 +194,78 @@ def test_resuming_leaves_out_what_is_there(run, processes):
     code, after = run("--resume")
     assert code == 0
     assert [way for way, *_ in processes.told] == ["this", "padded", "refined", "ep"]
-    assert after[: len(before)] == before and len(after) == len(before) + 4 * 3
+    assert after[: len(before)] == before and len(after) == len(before) + 4 * 4
+
+
+def test_all_gpus_serve_and_no_rank_pretends(run, processes):
+    code, rows = run("--gpus", "8", "--no-check")
+    assert code == 0
+    ways = ["this", "ep", "half", "refined", "padded"]
+    assert [way for way, *_ in processes.told] == 2 * ways
+    for way, spec, variables in processes.told:
+        size, given = (4 if way == "half" else 8), spec["engine"]
+        assert "rank" not in spec and given["tensor_parallel_size"] == size
+        assert "disable_custom_all_reduce" not in given, "ranks do talk"
+        assert variables["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"] == "uniform_random"
+        if "servers" in spec:
+            assert spec["servers"] * size == 8 and "async_scheduling" not in given
+            assert spec["concurrent"] == [1, 16, 64, 256]
+        elif way == "half":
+            assert {8, 16, 32, 128} <= {*spec["decode"][1024]}, "its half, and all"
+    assert {row["ranks"] for row in rows} == {"8"}
+    assert {row["communication_ms"] for row in rows} == {""}, "nothing is modelled"
+
+
+@pytest.mark.parametrize("in_time", [0, 1, 4, 19, 22])
+def test_what_is_left_when_time_is_over_is_resumed(run, processes, in_time):
+    """Rows of a process that was ended stay, and are not measured again."""
+    options = "--gpus", "8", "--no-check", "--resume"
+    processes.in_time = in_time
+    code, before = run(*options, "--minutes", "9")
+    assert code == 1 and len(before) == in_time
+    processes.in_time = 10**6
+    code, after = run(*options)
+    assert code == 0 and after[:in_time] == before
+    places = [(r["mode"], r["way"], *engine_rows.place(r)) for r in after]
+    assert len(places) == len({*places}) == 5 * (4 + 5)
+    told = [spec["concurrent"] for _, spec, _ in processes.told if "servers" in spec]
+    assert ([64, 256] in told) == (in_time == 22)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--gpus", "4"], "--gpus 4: Qwen3-235B-TP8 has 8 ranks"),
+        (["--gpus", "16"], "--gpus 16: there are 8"),
+        (["--modes", "served"], "one rank alone serves nobody"),
+        (["--gpus", "8", "--resume"], "engine.csv has no rows of --gpus 8"),
+    ],
+)
+def test_arguments_that_do_not_fit(run, capsys, options, why):
+    run("--no-check", "--modes", "graphs", "--ways", "this")
+    with pytest.raises(SystemExit):
+        run(*options)
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("holds", "code"), [(True, 0), (False, 1), (None, 1)])
+def test_parity_of_all_gpus_comes_first(run, monkeypatch, holds, code):
+    def parity(command):
+        told = dict(zip(command[1::2], command[2::2], strict=True))
+        config = json.loads(Path(told["--config"]).read_text())
+        assert command[0] == "parity" and told["--tp"] == "8"
+        assert config["moe_intermediate_size"] == 1536, "what is cut is as it is"
+        runs = {r: {"difference": {"mean": m}} for r, m in gaps.items()}
+        report = {"parity": holds, "failure": "too far", "runs": runs}
+        if holds is not None:
+            Path(told["--json"]).write_text(json.dumps(report))
+
+    gaps = {"control": 0.02, "patched": 0.01 if holds else 0.03}
+    monkeypatch.setattr(engine_check, "vllm_patch", parity)
+    found, rows = run("--gpus", "8", "--ways", "this")
+    assert found == code
+    compared = [(r["value"], r["p90"]) for r in rows if r["measure"] == "parity"]
+    assert compared == ([] if holds is None else [(f"{gaps['patched']}", "0.02")])
 
 
 def test_what_compiles_while_serving_is_a_problem(run, processes, capsys):
@@ -183,14 +297,53 @@ def test_a_log_says_why():
     log = (
         "INFO x\nValueError: The output_size = 192\nRuntimeError: Engine core failed\n"
     )
-    assert engine._reason(log) == "RuntimeError: Engine core failed"
-    assert engine._reason("Killed\n\n") == "Killed"
-    assert engine._reason("") == "no output"
+    assert engine_child._reason(log) == "RuntimeError: Engine core failed"
+    refused = (
+        "WARNING Error: not up\n(EngineCore) Error: failed. See root cause above\n"
+    )
+    assert engine_child._reason(log + refused) == "RuntimeError: Engine core failed"
+    assert engine_child._reason("Killed\n\n") == "Killed"
+    assert engine_child._reason("") == "no output"
 
 
 def test_a_process_that_fails_is_told_by_its_last_error():
-    with pytest.raises(engine.RowFailed, match="KeyError: 'tp_size'"):
-        engine.process({"rank": 1}, {})
+    with pytest.raises(engine_child.RowFailed, match="KeyError: 'tp_size'"):
+        engine_child.process({"rank": 1}, {})
+
+
+PROCESS = """
+import json, os, subprocess, sys, time
+spec = json.load(open(sys.argv[1]))
+child = subprocess.Popen(["sleep", "600"])
+with open(sys.argv[2], "w") as file:
+    for row in ({"measure": "child", "value": child.pid}, {"measure": "total_s"}):
+        file.write(json.dumps(row) + chr(10))
+        file.flush()
+        time.sleep(spec["seconds"])
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 600], ids=["ends", "hangs"])
+def test_rows_are_known_at_once_and_nothing_stays(monkeypatch, tmp_path, seconds):
+    (tmp_path / "writes_rows.py").write_text(PROCESS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = []
+
+    def known(row):
+        found.append(row)
+        if seconds:  # The next look at the clock is the last.
+            monkeypatch.setattr(engine_child.time, "monotonic", lambda: float("inf"))
+
+    deadline, given = time.monotonic() + 500, {"seconds": seconds}
+    with contextlib.ExitStack() as stack:
+        if seconds:
+            stack.enter_context(pytest.raises(engine_child.OutOfTime))
+        engine_child.process(given, {}, "writes_rows", known, deadline)
+    child, *rest = found
+    assert [row["measure"] for row in rest] == ([] if seconds else ["total_s"])
+    # It is gone, or about to be reaped.
+    state = Path(f"/proc/{child['value']}/stat")
+    assert not state.is_file() or state.read_text().split()[2] in "ZX"
 
 
 class Stepped:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import engine, engine_features
+from benchmarks import engine_child, engine_features
 from benchmarks.lora_adapters import ADAPTERS, LORA_RANK, write_adapters, write_stock
 from benchmarks.quantized import BLOCK, dequantized
 from vllm_patch.cli.model_config import ModelConfig
@@ -110,13 +110,13 @@ class Processes:
         turns = (0.0, self.noise) if is_twin else (self.off, self.off)
         logits = [[[torch.full((2, 8), n + t)] * 2 for t in turns] for n in steps]
         torch.save(logits, spec["logits"])
-        return {"experts": self.experts, "uses": {} if is_twin else self.uses}
+        return [{"experts": self.experts, "uses": {} if is_twin else self.uses}]
 
 
 @pytest.fixture
 def processes(monkeypatch):
     found = Processes()
-    monkeypatch.setattr(engine, "process", found)
+    monkeypatch.setattr(engine_child, "process", found)
     monkeypatch.setattr(engine_features, "write_checkpoint", lambda *_: None)
     monkeypatch.setattr(engine_features, "write_adapters", lambda *_: None)
     monkeypatch.setattr(engine_features, "write_stock", lambda *_: None)
@@ -170,9 +170,11 @@ def test_shared_experts_are_compared_with_one_stream(processes, capsys):
 
 def test_a_process_that_fails_shows_its_log(processes, monkeypatch, capsys):
     def fail(*_):
-        raise engine.RowFailed("ValueError: refused", "line\nValueError: refused\n")
+        raise engine_child.RowFailed(
+            "ValueError: refused", "line\nValueError: refused\n"
+        )
 
-    monkeypatch.setattr(engine, "process", fail)
+    monkeypatch.setattr(engine_child, "process", fail)
     assert engine_features.main([]) == 1
     out = capsys.readouterr().out
     assert "this failed:\nline\n" in out and "eager, one stream: ValueError" in out

@@ -43,7 +43,13 @@ def serve(checkpoint, log: Path, *arguments: str, **env):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.engine.serve", "serve", str(checkpoint)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.vllm_on_any_cpu",
+        "serve",
+        str(checkpoint),
+    ]
     command += ["--tensor-parallel-size", "2", "--port", str(port)]
     command += ["--kv-cache-memory-bytes", "256M", *arguments]
     with log.open("w") as sink:

@@ -74,7 +74,7 @@ def write_checkpoint(
         ) from error
     quantization = written.leaving(unquantized, quantization)
     _write_config({**wide.fields, "quantization_config": quantization}, directory)
-    _write_tokenizer(config.vocab_size, directory)
+    write_tokenizer(config.vocab_size, directory)
 
 
 def _check_room(config: ModelConfig, shapes: dict, directory: Path) -> None:
@@ -210,7 +210,7 @@ def _pad(tensor: torch.Tensor, shape: Sequence[int], value: float = 0) -> torch.
     return torch.nn.functional.pad(tensor, ends, value=value)
 
 
-def _write_tokenizer(vocab_size: int, directory: Path) -> None:
+def write_tokenizer(vocab_size: int, directory: Path) -> None:
     """Write a tokenizer of words ``t0 t1 ...``, so that ``vllm serve`` starts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

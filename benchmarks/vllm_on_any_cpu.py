@@ -1,4 +1,4 @@
-"""``vllm serve`` with the FP8 operators that parity gives to this CPU."""
+"""The command ``vllm``, on a CPU with the FP8 operators that parity gives to it."""
 
 import sys
 
