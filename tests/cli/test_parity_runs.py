@@ -8,6 +8,8 @@ import pytest
 
 from tests.cli.test_model_config import MODELS, QWEN3_MOE
 from vllm_patch.cli import UsageError
+from vllm_patch.cli.check import command as check
+from vllm_patch.cli.check.checkpoint import Checkpoint
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
 
@@ -112,7 +114,9 @@ def test_a_synthetic_model_has_a_control(labels, file, changes, baseline, contro
         }
         for role in ("baseline", "control"):
             engine, config = runs[role]
-            assert not config.cuts(engine["tensor_parallel_size"])
+            found = Checkpoint("", config.fields, None)
+            verdict = check.verdict(found, engine["tensor_parallel_size"])
+            assert not verdict.is_cut and not verdict.undivided
         assert runs["stock"] == runs["patched"]
         assert runs["patched"][1].mlp_sizes == runs["stock"][1].mlp_sizes
         assert {engine["max_model_len"] for engine, _ in runs.values()} == {512}
@@ -162,8 +166,12 @@ def test_the_baselines_size_as_control_batches_otherwise(labels):
             {"intermediate_size": 2440, "model": Path("here")},
             "--baseline-tp 1 cuts quant .* up to 8: .* with --config, which",
         ),
-        ({"control": 3}, "--control-tp 3 does not divide num_attention_heads = 8"),
+        ({"control": 3}, "--control-tp 3 does not divide num_attention_heads 8"),
         ({"tp": 1}, "--tp 1 keeps the quant blocks of"),
+        (
+            {"model_type": "deepseek_v4"},
+            "not known: .*deepseek_v4 pads its own layers, so not what --tp 8 cuts",
+        ),
     ],
 )
 def test_where_there_is_nothing_to_judge_by(labels, arguments, message):

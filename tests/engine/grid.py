@@ -3,6 +3,9 @@
 ``python -m tests.engine.grid`` loads each cell of a grid of synthetic models and TP
 sizes in the installed vLLM for CPUs, stock and patched: most of an hour on two cores.
 ``python -m tests.engine.grid 1408 "TP 8"`` loads those with such words in their names.
+
+On 2026-11-26, vLLM 0.32.0 did as check says with 14 of 19; not run again were the dense
+model of 2432 columns, Quark, and 1280 columns in compressed-tensors.
 """
 
 import json
@@ -12,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from vllm_patch import releases
@@ -52,9 +56,11 @@ EXPERTS = [{}, {"moe_intermediate_size": 1280}, {"moe_intermediate_size": 1408}]
 GRID = [
     *(Cell("qwen3_moe_1536", tp, changes) for changes in EXPERTS for tp in (2, 4, 8)),
     *(Cell("qwen3_2432", tp) for tp in (2, 4, 8)),
-    # KV heads on two ranks; shared experts and a dense layer; MLA.
+    # KV heads on two ranks; shared experts and a dense layer; the same, of which a rank
+    # that has all ends inside a block; MLA.
     Cell("qwen3_heads_of_64", 8),
     Cell("glm4_moe_1408", 4, layers=2),
+    Cell("glm4_moe_1408", 1, layers=2),
     Cell("deepseek_v2_1408_compressed_tensors", 4, layers=2),
     Cell("qwen3_moe_1280_compressed_tensors", 8),
     Cell("qwen3_moe_1536_quark", 8),
@@ -62,29 +68,37 @@ GRID = [
 ]
 
 
-def compare(cell: Cell, work: Path) -> Verdict:
-    """Load a model in the engine twice; return what ``check`` says of it.
+def compare(said: Verdict, work: Path) -> None:
+    """Load a model in the engine twice.
 
     Args:
-        cell: The model.
-        work: A folder for its checkpoint and what the engine says.
+        said: What ``check`` says of it.
+        work: The folder of its checkpoint, and for what the engine says.
 
     Raises:
         AssertionError: The engine does anything else.
 
     """
-    said = verdict(cell, work / "checkpoint")
     assert not said.model.unknown and not said.undivided
     refused = {row.stock.text for row in said.rows if not row.stock.runs}
-    ranks, log = held(work, cell.tp, patched=False)
+    ranks, log = held(work, said.setting.tp, patched=False)
     if refused:
         errors = {line.partition("Error: ")[2] for line in log.splitlines()}
         assert not ranks and refused & errors, (refused, log[-3000:])
     else:
-        assert ranks == allocated(said, "stock"), log[-3000:]
-    ranks, log = held(work, cell.tp, patched=True)
-    assert ranks == allocated(said, "ours"), log[-3000:]
-    return said
+        assert_same(ranks, allocated(said, "stock"), log)
+    ranks, log = held(work, said.setting.tp, patched=True)
+    assert_same(ranks, allocated(said, "ours"), log)
+
+
+def assert_same(ranks: list[Counter], said: list[Counter], log: str) -> None:
+    """Compare bytes of modules; all are missing where the engine failed."""
+    for rank, (real, by_check) in enumerate(
+        zip_longest(ranks, said, fillvalue=Counter())
+    ):
+        names = sorted({*real, *by_check})
+        odd = {n: (real[n], by_check[n]) for n in names if real[n] != by_check[n]}
+        assert not odd, f"rank {rank}, bytes held and said: {odd}; {log[-3000:]}"
 
 
 def verdict(cell: Cell, folder: Path) -> Verdict:
@@ -137,8 +151,13 @@ def main(*words: str) -> int:
     failed = 0
     for cell in (cell for cell in GRID if all(word in str(cell) for word in words)):
         with tempfile.TemporaryDirectory() as work:
+            said = verdict(cell, Path(work) / "checkpoint")
+            texts = {row.stock.text for row in said.rows if row.stock.kind == "unknown"}
+            if texts:
+                print(f"{cell}: left out: {', '.join(texts)}", flush=True)
+                continue
             try:
-                said = compare(cell, Path(work))
+                compare(said, Path(work))
                 kinds = {f"{row.stock.kind} -> {row.ours.kind}" for row in said.rows}
                 print(f"{cell}: as check says: {', '.join(sorted(kinds))}", flush=True)
             except AssertionError as error:

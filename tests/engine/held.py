@@ -14,6 +14,11 @@ from vllm_patch.cli.cpu_fp8 import operators
 SCALES = "weight_scale_inv", "w13_weight_scale_inv", "weight_scale", "w13_weight_scale"
 
 
+def weights_and_scales(module) -> list:
+    """Return them without biases, such as those by which some routers choose."""
+    return [p for name, p in module.named_parameters(recurse=False) if "weight" in name]
+
+
 def note_bytes() -> None:
     """Write them as soon as they are loaded: kernels lay them out anew after that."""
     from vllm.model_executor.model_loader import base_loader
@@ -24,7 +29,7 @@ def note_bytes() -> None:
         from vllm.distributed import get_tensor_model_parallel_rank
 
         held = {
-            name: sum(p.numel() * p.element_size() for p in module.parameters(False))
+            name: sum(p.nbytes for p in weights_and_scales(module))
             for name, module in model.named_modules()
             if any(hasattr(module, scale) for scale in SCALES)
         }

@@ -9,4 +9,6 @@ def test_the_engine_does_what_check_says(tmp_path):
     changes = {"moe_intermediate_size": 384, "intermediate_size": 2432}
     changes["mlp_only_layers"] = [0]
     cell = Cell("qwen3_moe_1536", 2, changes, layers=2)
-    assert grid.compare(cell, tmp_path).code == 1
+    said = grid.verdict(cell, tmp_path / "checkpoint")
+    assert said.code == 1
+    grid.compare(said, tmp_path)

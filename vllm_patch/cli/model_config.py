@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face config.json says about FP8 blocks and tensor parallelism."""
+"""What a Hugging Face config.json says about FP8 blocks and sizes of layers."""
 
 import json
 import re
@@ -11,20 +11,19 @@ from vllm_patch.cli import UsageError
 from vllm_patch.cli.block_format import FORMATS, BlockFormat, format_of
 
 NEEDED = "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"
-EXPERTS = "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"
-# What says, if it is neither 0 nor empty, that some layers are dense.
-DENSE_LAYERS = (
-    "first_k_dense_replace",
-    "moe_layer_start_index",
-    "mlp_only_layers",
-    "num_dense_layers",
-)
-# And if it is not 1.
-SPARSE_STEPS = "decoder_sparse_step", "moe_layer_freq", "moe_layer_interval"
-# A name like those of MLPs' sizes, of which `_mlp_fields` knows some.
+# A name like those of MLPs' sizes, and those whose meaning is known.
 SIZE = re.compile(
     r".*(intermediate|expert|ffn|inner|mlp)\w*_(size|dim|mlp)|n_inner|d_ff"
 )
+MLP_SIZES = (
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "share_expert_dim",
+)
+# Of layers that are not of the language model's decoder, or of none.
+OTHER_SIZES = "dense_intermediate_size", "intermediate_size_per_layer_input"
 
 
 @dataclass(frozen=True)
@@ -94,69 +93,9 @@ class ModelConfig:
         return ModelConfig(self.path, nested if "text_config" in self.fields else text)
 
     @property
-    def _expert_field(self) -> str | None:
-        """Name of the size of a routed expert, or None without experts."""
-        if self.text.get("moe_intermediate_size"):
-            return "moe_intermediate_size"
-        # Mixtral and MiniMax use the dense model's name.
-        has_experts = any(self.text.get(name) for name in EXPERTS)
-        return "intermediate_size" if has_experts else None
-
-    @property
-    def _has_dense_layers(self) -> bool:
-        text, layers = self.text, self.text["num_hidden_layers"]
-        return (
-            self._expert_field is None
-            or any(text.get(name) for name in DENSE_LAYERS)
-            or any(text.get(name) not in (None, 1) for name in SPARSE_STEPS)
-            or "dense" in (text.get("mlp_layer_types") or ())
-            or 0 <= text.get("moe_layer_end_index", -1) < layers - 1
-        )
-
-    @property
-    def _mlp_fields(self) -> set[str]:
-        """Names of the sizes in use; some shared experts have that of routed ones."""
-        fields = {self._expert_field, "shared_expert_intermediate_size"}
-        if self.text.get("num_shared_experts") == 1:  # More are one of a larger size.
-            fields.add("moe_shared_expert_intermediate_size")
-        return fields | ({"intermediate_size"} if self._has_dense_layers else set())
-
-    @property
     def mlp_sizes(self) -> dict[str, int]:
-        """Intermediate sizes that tensor parallelism divides, by config field."""
-        fields = self._mlp_fields
-        return {n: size for n, size in self.text.items() if n in fields and size}
-
-    def undivided(self, tp: int) -> str | None:
-        """Return what cannot be shared out evenly among ``tp`` ranks, or None."""
-        for name, size in self.mlp_sizes.items():
-            if size % tp:
-                return f"{name} = {size}"
-        heads = self.text["num_attention_heads"]
-        if heads % tp:
-            return f"num_attention_heads = {heads}"
-        kv_heads = self.text.get("num_key_value_heads", tp)
-        # More ranks than KV heads share them.
-        if max(kv_heads, tp) % min(kv_heads, tp):
-            return f"num_key_value_heads = {kv_heads}"
-        if (rows := -(-self.vocab_size // 64) * 64) % tp:
-            return f"vocab_size = {self.vocab_size}, which vLLM rounds up to {rows}"
-        return None
-
-    def cuts(self, tp: int) -> bool:
-        """Whether ``tp`` cuts a layer inside a quant block."""
-        return bool(self._cut_mlps(tp)) or self.cuts_attention(tp)
-
-    def cuts_experts_only(self, tp: int) -> bool:
-        """Whether what ``tp`` cuts is routed experts and nothing else."""
-        text = self.text
-        shared = any(text[name] for name in text if name.endswith("shared_experts"))
-        is_experts = list(self._cut_mlps(tp)) == [self._expert_field]
-        return is_experts and not shared and not self.cuts_attention(tp)
-
-    def cuts_attention(self, tp: int) -> bool:
-        """Whether ``tp`` cuts a projection of the attention inside a quant block."""
-        return any(size % self.block for size in self._attention_sizes(tp))
+        """Sizes of MLPs and experts, by config field; not all are of some layer."""
+        return {name: size for name in MLP_SIZES if (size := self.text.get(name))}
 
     def widened(self, tp: int) -> "ModelConfig":
         """Return the config with MLPs and experts that ``tp`` leaves in whole blocks.
@@ -164,26 +103,8 @@ class ModelConfig:
         With zeros in the added columns, the model computes the same.
         """
         unit = tp * self.block
-        changes = {
-            name: -(-size // unit) * unit for name, size in self._cut_mlps(tp).items()
-        }
+        changes = {name: -(-n // unit) * unit for name, n in self.mlp_sizes.items()}
         return self._with_text(**changes)
-
-    def _cut_mlps(self, tp: int) -> dict[str, int]:
-        unit = tp * self.block
-        return {name: size for name, size in self.mlp_sizes.items() if size % unit}
-
-    def _attention_sizes(self, tp: int) -> list[float]:
-        """Return what a rank holds of each projection; fractions count as cut."""
-        text = self.text
-        heads = text["num_attention_heads"]
-        if "kv_lora_rank" in text:
-            nope, rope = text["qk_nope_head_dim"], text["qk_rope_head_dim"]
-            value = text["v_head_dim"]
-            return [heads / tp * size for size in (nope + rope, nope + value, value)]
-        head = text.get("head_dim") or text["hidden_size"] / heads
-        kv_heads = text.get("num_key_value_heads", heads)
-        return [heads * head / tp, max(kv_heads / tp, 1) * head]
 
     def _check_quantization(self) -> None:
         block_format = self.block_format
@@ -210,15 +131,19 @@ class ModelConfig:
         """Refuse what would be judged by sizes that are not there or not known."""
         self._check_numbers({name: self.text.get(name) for name in NEEDED})
         self._check_numbers(self.mlp_sizes)
-        known = {*self._mlp_fields, "intermediate_size"}
         unknown = [
             f"{name} = {size}"
             for name, size in self.text.items()
-            if SIZE.fullmatch(name) and size and name not in known
+            if size and is_unknown_size(name)
         ]
         if unknown or not self.mlp_sizes:
             raise UsageError(
                 f"{self.path} has {', '.join(unknown) or 'no intermediate_size'}: "
                 "parity does not know of which layers, so not what a TP size cuts. "
-                f"It knows {', '.join(sorted(filter(None, known)))}."
+                f"It knows {', '.join(MLP_SIZES)}."
             )
+
+
+def is_unknown_size(name: str) -> bool:
+    """Whether a field looks like the size of layers, and nobody here knows of which."""
+    return bool(SIZE.fullmatch(name)) and name not in (*MLP_SIZES, *OTHER_SIZES)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patch.cli import UsageError
+from vllm_patch.cli.check import command as check
+from vllm_patch.cli.check.checkpoint import Checkpoint
+from vllm_patch.cli.check.verdict import Verdict
 from vllm_patch.cli.engine_process import EngineProcess, say
 from vllm_patch.cli.model_config import ModelConfig
 
@@ -63,7 +66,7 @@ class Runs:
 
     def _stock(self, work: Path, tp: int) -> tuple[dict[str, Any], str]:
         """Return an engine that stock serves at ``tp``, and how it comes to."""
-        if not self.config.cuts(tp):
+        if _is_whole(self._verdict(tp)):
             return self._engine(work, tp), ""
         if self.args.model is None:
             return self._engine(work, tp, widened=True), ", widened"
@@ -95,17 +98,20 @@ class Runs:
             write_checkpoint(self.config, directory, wide)
         return directory
 
+    def _verdict(self, tp: int, widened: bool = False) -> Verdict:
+        config = self.config.widened(tp) if widened else self.config
+        return check.verdict(Checkpoint(str(config.path), config.fields, None), tp)
+
     def _serves_stock(self, tp: int) -> bool:
         """Whether stock serves the model at ``tp``, in whichever form."""
-        config = self.config
-        if config.widened(tp).undivided(tp):
-            return False
-        if not config.cuts(tp):
-            return True
+        here, wide = self._verdict(tp), self._verdict(tp, widened=True)
+        if wide.undivided or _is_whole(here):
+            return not wide.undivided
         if self.args.model is None:
-            return not config.cuts_attention(tp)
-        whole_experts = config.cuts_experts_only(tp) and not config.cuts(1)
-        return whole_experts and not self.is_on_cpu
+            return _is_whole(wide)
+        changed = {r.layer.kind for r in here.rows if r.ours.kind != "stock"}
+        is_alone = changed == {"experts"} and _is_whole(self._verdict(1))
+        return is_alone and not self.is_on_cpu
 
     def _control_tp(self) -> int:
         """Return the largest size that needs no other form, else the largest.
@@ -118,25 +124,30 @@ class Runs:
             for size in range(2, self.args.tp + 1)
             if size != self.args.baseline_tp and self._serves_stock(size)
         ]
-        as_it_is = [size for size in sizes if not self.config.cuts(size)]
+        as_it_is = [size for size in sizes if _is_whole(self._verdict(size))]
         return max(as_it_is or sizes, default=self.args.baseline_tp)
 
     def _check_sizes(self) -> None:
-        args, config = self.args, self.config
-        if not config.cuts(args.tp):
+        tp, verdict = self.args.tp, self._verdict(self.args.tp)
+        if undivided := verdict.undivided_by:
+            raise UsageError(f"--tp {tp} does not divide {undivided}.")
+        if not verdict.is_cut and verdict.model.unknown:
             raise UsageError(
-                f"--tp {args.tp} keeps the quant blocks of {config.path} whole: stock "
+                f"{self.config.path}: not known: {', '.join(verdict.model.unknown)}, "
+                f"so not what --tp {tp} cuts. vllm-patch check says what is known."
+            )
+        if not verdict.is_cut:
+            raise UsageError(
+                f"--tp {tp} keeps the quant blocks of {self.config.path} whole: stock "
                 "vLLM serves it, and there is nothing to compare."
             )
-        if undivided := config.undivided(args.tp):
-            raise UsageError(f"--tp {args.tp} does not divide {undivided}.")
 
     def _check_measures(self) -> None:
         for option, size in (
             ("--baseline-tp", self.baseline_tp),
             ("--control-tp", self.control_tp),
         ):
-            if undivided := self.config.widened(size).undivided(size):
+            if undivided := self._verdict(size, widened=True).undivided_by:
                 raise UsageError(f"{option} {size} does not divide {undivided}.")
             if not self._serves_stock(size):
                 raise UsageError(
@@ -158,6 +169,11 @@ class Runs:
         if self.args.model:
             how = " There may be with --config, which can widen a model by zeros."
         return f"nor at any up to {tp}: there is nothing to judge by.{how}"
+
+
+def _is_whole(verdict: Verdict) -> bool:
+    """Whether ranks share a model out in whole blocks."""
+    return not verdict.undivided and not verdict.is_cut
 
 
 def batches(vocab_size: int) -> list[list[list[int]]]:

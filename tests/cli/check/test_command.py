@@ -74,7 +74,8 @@ def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
             "triton has kernels for GPUs only. Give auto on cpu",
         ),
         ([QWEN, "-tp", "8", "--plot", "x.gif"], "ends in .svg or .png"),
-        ([QWEN, "-tp", "4", "--plot", "x.svg"], "no quant block is cut"),
+        # Of a size that cuts nothing, too.
+        ([QWEN, "-tp", "4", "--plot", "x.gif"], "ends in .svg or .png"),
         ([QWEN, "-tp", "8", "--plot", "/no/x.svg"], "Give another place"),
     ],
 )
@@ -90,6 +91,37 @@ def test_what_was_drawn_is_said(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err == f"{file}: how TP 8 cuts model.layers.*.mlp.experts\n"
     assert json.loads(said.out) and file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "tp", "code"),
+    [
+        ("qwen3_moe_1536", {}, 4, 0),
+        ("qwen3_2432", {}, 3, 2),  # Eight heads.
+        # Its dense layer ends inside a block, which no two ranks share.
+        ("glm4_moe_1408", {}, 1, 1),
+        ("qwen3_moe_1536", {"quantization_config": None}, 8, 0),
+    ],
+)
+def test_nothing_to_draw(tmp_path, capsys, model, changes, tp, code):
+    fields = json.loads((MODELS / f"{model}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}))
+    file = tmp_path / "cut.svg"
+    asked = [str(tmp_path), "-tp", str(tp), "--vllm-version", "0.33.0"]
+    assert main(["check", *asked, "--plot", str(file)]) == code
+    said = "not written: ranks cut no layer that this package takes"
+    assert capsys.readouterr().err == f"{file}: {said}\n"
+    assert not file.exists()
+
+
+def test_one_rank(capsys):
+    """Where the checkpoint itself ends inside a block, ranks have no part in it."""
+    asked = ["check", str(MODELS / "glm4_moe_1408.json"), "-tp", "1"]
+    assert main([*asked, "--vllm-version", "0.33.0"]) == 1
+    out = capsys.readouterr().out
+    down = "ends inside a block: 1 x model.layers.*.mlp.down_proj, 1024 x 10944: "
+    assert f"{down}85.5 blocks\n" in out
+    assert not re.search(r"^ +(cut|or): |/ 1\b", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -659,7 +691,7 @@ def test_a_model_whose_only_cut_is_at_its_end(tmp_path, capsys):
     down["m.down_proj.weight_scale_inv"] = Tensor("F32", (2, 10), "")
     files.write_file(folder / "model.safetensors", down)
     assert main(["check", str(folder), "-tp", "1"]) == 0
-    assert "1 x m.down_proj, 256 x 1216: 1216 / 1 = 1216" in capsys.readouterr().out
+    assert "block: 1 x m.down_proj, 256 x 1216: 9.5 blocks" in capsys.readouterr().out
 
 
 def test_unknown_tensors_are_said(tmp_path, capsys):
@@ -688,8 +720,11 @@ def test_blocks_unlike_the_tensors(tmp_path, capsys):
 def test_the_table(capsys, monkeypatch):
     monkeypatch.setattr(command, "_installed", lambda: "0.33.0")
     assert main(["check", QWEN, "--all"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    sizes = [int(line[2:5]) for line in lines[1:-2]]
+    name, derived, _, head, *lines = capsys.readouterr().out.splitlines()
+    assert name == f"{QWEN}: FP8 in blocks of 128 x 128 (fp8), by config"
+    assert "derived from config.json alone" in derived
+    assert head.split(None, 4) == ["TP", "real", "stock", "ours", "vLLM 0.33.0, hopper"]
+    sizes = [int(line[2:5]) for line in lines[:-2]]
     assert sizes == [1, 2, 4, 8]
     (marked,) = (line for line in lines if line.startswith(">"))
     assert int(marked[2:5]) == 8

@@ -235,5 +235,5 @@ def test_shapes(
     assert report.text("x", "headers", how, [said]) and said.code in (0, 1, 2)
     assert json.dumps(report.as_json("x", "headers", how, [said], 0))
     for row in said.rows:
-        if row.cut and row.is_taken:
+        if any(each.parts > 1 for each in row.cut) and row.is_taken:
             assert plot.drawing(row).startswith("<svg")

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -113,8 +114,17 @@ def test_a_hub_that_has_no_such_model(tmp_path, hub):
 def test_without_network(tmp_path, env):
     done = ask(tmp_path, REPO, "-tp", "8", **env)
     assert done.returncode == 2, done.stdout
-    assert "Check name, network and HF_TOKEN, or give a config.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Check name, network and HF_TOKEN, or download its config" in done.stderr
+    assert "Traceback" not in done.stderr and "Retry" not in done.stderr
+
+
+def test_a_hub_that_does_not_answer(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = ask(tmp_path, REPO, "-tp", "8", HF_ENDPOINT=address)
+    assert done.returncode == 2, done.stdout
+    assert "timed out. Check name, network and HF_TOKEN, or" in done.stderr
+    assert "Retry" not in done.stderr
 
 
 def test_without_its_library(monkeypatch):

@@ -11,7 +11,7 @@ from vllm_patch.cli.check import plot
 
 from .known_models import verdict
 
-# What the README shows; ``make pictures`` draws it.
+# What the README shows; ``make tables`` draws it.
 PICTURE = Path(__file__).parents[3] / "benchmarks" / "results" / "cut_1536_tp_8.svg"
 
 

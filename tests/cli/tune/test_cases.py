@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.check.known_models import config
 from vllm_patch.cli import UsageError
+from vllm_patch.cli.check import checkpoint
 from vllm_patch.cli.check import command as check
 from vllm_patch.cli.tune.cases import TOP_K, Case, cases
 
@@ -49,7 +50,7 @@ def test_experts_of_a_token(tmp_path, name):
 
 def test_experts_without_a_gate(monkeypatch):
     """What is timed has one."""
-    verdict = check.verdict(str(QWEN), 8)
+    verdict = check.verdict(checkpoint.read(str(QWEN)), 8)
     for row in verdict.rows:
         if row.layer.kind == "experts":
             row.layer.__dict__["outputs"] = row.layer.outputs[:1]

@@ -18,6 +18,8 @@ INDEX = "model.safetensors.index.json"
 MODELOPT = "hf_quant_config.json"
 # Far above what any model has: beyond, a file is not what it claims to be.
 MOST_BYTES = 64 << 20
+# To wait for the hub's first answer.
+HUB_SECONDS = 5
 # What the safetensors library itself reads at most.
 MOST_HEADER_BYTES = 100_000_000
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4}
@@ -207,6 +209,9 @@ def _from_hub(name: str) -> Checkpoint:
             "huggingface_hub: pip install huggingface_hub, or give a config.json."
         ) from error
     try:
+        # Which tries once; a download tries again for half a minute.
+        address = hub.hf_hub_url(name, "config.json")
+        hub.get_hf_file_metadata(address, timeout=HUB_SECONDS)
         path = Path(hub.hf_hub_download(name, "config.json"))
         with suppress(hub.utils.EntryNotFoundError):
             hub.hf_hub_download(name, MODELOPT)
@@ -215,11 +220,12 @@ def _from_hub(name: str) -> Checkpoint:
     except UsageError:
         raise
     except Exception as error:  # Its own, those of its HTTP library, and the system's.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = reason or type(error).__name__
         raise UsageError(
             f"{name} is no folder or file here, and the hub gave no config.json and "
             f"safetensors headers of it: {reason}. Check name, network and HF_TOKEN, "
-            "or give a config.json."
+            "or download its config.json elsewhere and give that."
         ) from error
     tensors = {
         tensor: _tensor(Path(file), tensor, _entry(info), sys.maxsize)

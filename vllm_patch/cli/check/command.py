@@ -133,7 +133,10 @@ def run(args: argparse.Namespace) -> int:
     how = quantization.read(found.fields, found.name)
     text = _text(found)
     if not _has_blocks(how):
-        return _say_not_in_blocks(found, how, text, args.tp or (), args.json)
+        code = _say_not_in_blocks(found, how, text, args.tp or (), args.json)
+        if args.plot:
+            _draw([], args.plot)
+        return code
     # A release that is named is one as published.
     is_built_in = not args.vllm_version and plugin.built_in() is not None
     release = args.vllm_version or _installed()
@@ -155,28 +158,35 @@ def run(args: argparse.Namespace) -> int:
         said = report.as_json(found.name, source, how, verdicts, code, left_out)
         print(json.dumps(said, indent=2))
     elif args.all:
-        print(report.table(verdicts, left_out))
+        print(report.table(found.name, source, how, verdicts, left_out))
     else:
         print(report.text(found.name, source, how, verdicts))
     if args.plot:
-        drawn = plot.write(verdicts, args.plot)
-        name, tp = drawn.layer.name, drawn.setting.tp
-        print(f"{args.plot}: how TP {tp} cuts {name}", file=sys.stderr)
+        _draw(verdicts, args.plot)
     return code
 
 
-def verdict(name: str, tp: int) -> Verdict:
+def _draw(verdicts: list[Verdict], file: Path) -> None:
+    if drawn := plot.write(verdicts, file):
+        said = f"how TP {drawn.setting.tp} cuts {drawn.layer.name}"
+    else:
+        said = "not written: ranks cut no layer that this package takes"
+    print(f"{file}: {said}", file=sys.stderr)
+
+
+def verdict(found: Checkpoint, tp: int) -> Verdict:
     """Return what becomes of a model at one size in the installed vLLM, on a GPU.
 
     Raises:
-        UsageError: The model cannot be read, or is not in FP8 blocks that could be cut.
+        UsageError: It makes no sense, or is not in FP8 blocks that could be cut.
 
     """
     _check_size(tp)
-    found = checkpoint.read(name)
     how = quantization.read(found.fields, found.name)
     if not _has_blocks(how):
-        raise UsageError(f"{name}: {how.format} has no FP8 blocks that could be cut.")
+        raise UsageError(
+            f"{found.name}: {how.format} has no FP8 blocks that could be cut."
+        )
     text = _text(found)
     model, _ = _layers(found, how, text)
     setting = Setting(_installed(), tp, PLATFORMS[0], AUTO, how.format, how.block)

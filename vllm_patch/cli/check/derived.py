@@ -8,22 +8,12 @@ from typing import Any
 from vllm_patch.cli import UsageError
 from vllm_patch.cli.check.checkpoint import Tensor
 from vllm_patch.cli.check.quantization import FUSED, IN_BLOCKS, Quantization
-from vllm_patch.cli.model_config import EXPERTS, SIZE
+from vllm_patch.cli.model_config import is_unknown_size
 
 # Most that a field may say, so that nobody waits for nonsense.
 MOST_LAYERS, MOST = 4096, 1 << 24
 FILE = "config.json"
-# Fields whose meaning is known here, among those that look like sizes of layers.
-KNOWN = {
-    "intermediate_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-    "moe_shared_expert_intermediate_size",
-    "share_expert_dim",
-    # Of layers that are not of the language model's decoder, or of none.
-    "dense_intermediate_size",
-    "intermediate_size_per_layer_input",
-}
+EXPERTS = "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"
 SHARED = "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"
 EXPERT_PARTS = "gate_proj", "up_proj", "gate_up_proj", "down_proj"
 # Fields of models whose layers are not all made alike, in ways unknown here.
@@ -115,7 +105,7 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
     model.unknown = [
         f"{key} = {str(value)[:40]}"
         for key, value in text.items()
-        if value and (key in OTHERS or (SIZE.fullmatch(key) and key not in KNOWN))
+        if value and (key in OTHERS or is_unknown_size(key))
     ]
     if text.get(HUNYUAN_SHARED) and MIXED_MLP not in text:
         model.unknown.append(f"{HUNYUAN_SHARED} = {str(text[HUNYUAN_SHARED])[:40]}")

@@ -31,19 +31,21 @@ HATCH = (
 )
 
 
-def write(verdicts: list[Verdict], file: Path) -> Row:
+def write(verdicts: list[Verdict], file: Path) -> Row | None:
     """Draw the first layer that is cut, experts if some are, and return it.
 
+    Without one, nothing is written, and None is returned.
+
     Raises:
-        UsageError: There is none, the file's name is of no image that can be written,
-            or its folder is not there.
+        UsageError: The file's name is of no image that can be written, or its folder is
+            not there.
 
     """
     if file.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {file}: give a name that ends in .svg or .png.")
-    rows = [row for v in verdicts for row in v.rows if row.cut and row.is_taken]
+    rows = [row for v in verdicts for row in v.rows if _cut(row) and row.is_taken]
     if not rows:
-        raise UsageError(f"--plot {file}: no quant block is cut, so nothing is to see.")
+        return None
     row = min(rows, key=lambda row: row.layer.kind != "experts")
     image = drawing(row).encode()
     if file.suffix == ".png":
@@ -66,11 +68,14 @@ def _png(svg: bytes) -> bytes:
     return cairosvg.svg2png(svg, scale=2)
 
 
+def _cut(row: Row) -> list[Dimension]:
+    """Return the dimensions of which several ranks hold parts of a block."""
+    return [dimension for dimension in row.cut if dimension.parts > 1]
+
+
 def drawing(row: Row) -> str:
-    """Return an SVG of the first dimension of a layer that is cut."""
-    dimension, setting = row.cut[0], row.setting
-    block = setting.block[row.layer.kind == "row"]
-    return _Drawing(dimension, block, row.layer.name, setting.tp).svg()
+    """Return an SVG of the first dimension of a layer that ranks cut."""
+    return _Drawing(_cut(row)[0], row.block, row.layer.name, row.setting.tp).svg()
 
 
 def _rect(kind: str, x: float, y: float, width: float, rest: str) -> str:

@@ -31,7 +31,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_patch import __version__
+from vllm_patch.cli.check.layers import Dimension, Layers
 from vllm_patch.cli.check.quantization import Quantization
+from vllm_patch.cli.check.stock import Setting
 from vllm_patch.cli.check.verdict import (
     AS_IT_IS,
     CANNOT_RUN,
@@ -62,20 +64,31 @@ def text(
     name: str, source: str, quantization: Quantization, verdicts: list[Verdict]
 ) -> str:
     """Return the report on one or several sizes for people."""
-    block, model = quantization.block, verdicts[0].model
-    shown = f"FP8 in blocks of {block[0]} x {block[1]} ({quantization.format})"
-    lines = [f"{name}: {shown}, by {source}"]
-    lines += [f"  not known: {each}" for each in model.unknown]
-    lines += [f"  {note}" for note in model.notes]
+    lines = _heading(name, source, quantization, verdicts[0].model)
     for verdict in verdicts:
         lines += ["", *_size(verdict)]
     return "\n".join(lines)
 
 
+def _heading(
+    name: str, source: str, quantization: Quantization, model: Layers
+) -> list[str]:
+    block = quantization.block
+    shown = f"FP8 in blocks of {block[0]} x {block[1]} ({quantization.format})"
+    return [
+        f"{name}: {shown}, by {source}",
+        *(f"  not known: {each}" for each in model.unknown),
+        *(f"  {note}" for note in model.notes),
+    ]
+
+
+def _where(setting: Setting) -> str:
+    return f"vLLM {setting.release}, {setting.platform}"
+
+
 def _size(verdict: Verdict) -> list[str]:
     setting = verdict.setting
-    where = f"vLLM {setting.release}, {setting.platform}"
-    lines = [f"TP {setting.tp} ({where}): {_says(verdict)}"]
+    lines = [f"TP {setting.tp} ({_where(setting)}): {_says(verdict)}"]
     ways = [f"  or: {way}" for way in verdict.ways_out()]
     if verdict.undivided:
         return [*lines, f"  {verdict.undivided}", *ways]
@@ -109,12 +122,13 @@ def _row(row: Row) -> list[str]:
     layer = row.layer
     what = f"{layer.experts} experts of " if layer.kind == "experts" else ""
     shape = " + ".join(map(str, layer.outputs))
-    cut = ", ".join(f"{d.total} / {d.parts} = {d.size}" for d in row.cut)
+    cut = ", ".join(_cut(dimension, row.block) for dimension in row.cut)
+    label = "cut" if any(each.parts > 1 for each in row.cut) else "ends inside a block"
     shown = f"{row.count} x {layer.name}, {what}{shape} x {layer.inputs}"
     why = f" ({row.ours.why})" if row.ours.why else ""
     kernels = KERNELS.get(row.ours.kind if row.is_taken else row.stock.kind, "none")
     return [
-        f"cut: {shown}: {cut}" if cut else shown,
+        f"{label}: {shown}: {cut}" if cut else shown,
         *(f"    {line}" for line in _straddles(row)),
         f"    stock:        {row.stock.text or 'loads it'}",
         f"    this package: {row.ours.kind}{why}",
@@ -122,11 +136,15 @@ def _row(row: Row) -> list[str]:
     ]
 
 
+def _cut(dimension: Dimension, block: int) -> str:
+    total, parts, size = dimension.total, dimension.parts, dimension.size
+    return f"{total} / {parts} = {size}" if parts > 1 else f"{total / block:g} blocks"
+
+
 def _straddles(row: Row) -> list[str]:
     lines = []
     for dimension in row.cut:
-        block = row.setting.block[row.layer.kind == "row"]
-        shared = [*shared_blocks(dimension, block).items()]
+        shared = [*shared_blocks(dimension, row.block).items()]
         parts = [f"{number}: {'+'.join(map(str, on))}" for number, on in shared[:8]]
         rest = f", and {len(shared) - 8} more" if len(shared) > 8 else ""
         if shared:
@@ -151,16 +169,29 @@ def _bytes(verdict: Verdict) -> list[str]:
     return lines
 
 
-def table(verdicts: list[Verdict], left_out: list[Verdict]) -> str:
+def table(
+    name: str,
+    source: str,
+    quantization: Quantization,
+    verdicts: list[Verdict],
+    left_out: list[Verdict],
+) -> str:
     """Return a line for each size that divides the model; one to choose is marked.
 
     Args:
+        name: What the user called the model.
+        source: Of its tensors: ``headers`` or ``config``.
+        quantization: Of the model.
         verdicts: Of the sizes that do.
         left_out: Of those that do not, which get one line together.
 
     """
-    best = chosen(verdicts)
-    lines = [f"  {'TP':>3}  {'real':>9}  {'stock':>9}  {'ours':>9}"]
+    best, where = chosen(verdicts), _where(verdicts[0].setting)
+    lines = [
+        *_heading(name, source, quantization, verdicts[0].model),
+        "",
+        f"  {'TP':>3}  {'real':>9}  {'stock':>9}  {'ours':>9}  {where}",
+    ]
     for verdict in verdicts:
         real, stock, held = (verdict.largest(how) for how in ("real", "stock", "ours"))
         cells = "  ".join(f"{gb(size):>9}" for size in (real, stock, held))
@@ -249,7 +280,7 @@ def _size_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    layer, block = row.layer, row.setting.block[row.layer.kind == "row"]
+    layer = row.layer
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -263,7 +294,7 @@ def _row_json(row: Row) -> dict[str, Any]:
             {
                 "total": each.total,
                 "size": each.size,
-                "shared": shared_blocks(each, block),
+                "shared": shared_blocks(each, row.block),
             }
             for each in row.cut
         ],

@@ -49,13 +49,17 @@ class Row:
         return self.is_taken or self.stock.runs
 
     @property
+    def block(self) -> int:
+        """A quant block's length along the dimensions that ranks share."""
+        return self.setting.block[self.layer.kind == "row"]
+
+    @property
     def cut(self) -> list[Dimension]:
         """The dimensions that are cut inside a quant block, each once."""
         if self.layer.undivided(self.setting.tp):
             return []
-        block = self.setting.block[self.layer.kind == "row"]
         dimensions = dict.fromkeys(self.layer.dimensions(self.setting.tp))
-        return [each for each in dimensions if each.is_cut(block)]
+        return [each for each in dimensions if each.is_cut(self.block)]
 
     def bytes(self, rank: int, how: str) -> int:
         """Return bytes of all these on a rank.
@@ -183,6 +187,8 @@ class Verdict:
             return [self._smaller(), self._experts()] if is_way else []
         if not self.is_cut:
             return []
+        if self.setting.tp == 1:
+            return self._others()
         return [self._smaller(), self._experts(), *self._others()]
 
     def _smaller(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_patch.cli import UsageError
+from vllm_patch.cli.check import checkpoint
 from vllm_patch.cli.check import command as check
 from vllm_patch.cli.check.stock import BLOCK
 from vllm_patch.cli.check.verdict import Row
@@ -72,7 +73,7 @@ def cases(model: str, tp: int) -> list[Case]:
         UsageError: It has none, or cannot be read.
 
     """
-    verdict = check.verdict(model, tp)
+    verdict = check.verdict(checkpoint.read(model), tp)
     if verdict.undivided:
         raise UsageError(f"{model} at TP {tp}: {verdict.undivided}")
     rows = [row for row in verdict.rows if row.layer.kind == "experts"]
