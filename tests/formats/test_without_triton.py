@@ -9,10 +9,11 @@ sys.modules["triton"] = None
 from vllm.triton_utils import HAS_TRITON
 assert not HAS_TRITON
 from vllm_patch.formats import compressed_tensors, fp8
+from vllm_patch.fp8_tp_padding.kernels import columns, input_quant, masked_experts
 """
 
 
-def test_layers_are_judged():
+def test_layers_are_judged_and_experts_offered():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True
     )

@@ -16,12 +16,19 @@ FP8 = torch.float8_e4m3fn
 BLOCK = 128
 
 
+def constant(value: int):
+    """Return a global that kernels can read.
+
+    Up to vLLM 0.30, its stand-in for a Triton that is not there has no constexpr.
+    """
+    return tl.constexpr(value) if tl.constexpr else value
+
+
 @triton.jit
 def scale_of(absmax, USE_UE8M0: tl.constexpr):
     """Scales of groups with these absolute maxima; ``USE_UE8M0``: powers of two.
 
-    1e-10 is the smallest absolute maximum that a group is given. It is no constexpr of
-    the module: vLLM's stand-in for a Triton that is not there has none.
+    1e-10 is the smallest absolute maximum that a group is given.
     """
     scale = tl.div_rn(tl.maximum(absmax, 1e-10), 448.0)
     if USE_UE8M0:

@@ -12,12 +12,12 @@ one, loads and stores are masked. Rows are pairs (``pair_kernels.py``).
 from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
-from .fp8_quant import quantize_rows
+from .fp8_quant import constant, quantize_rows
 from .masked_activation import activated
 from .pair_kernels import block_of_pairs, expert_of
 
-BLOCK = tl.constexpr(fp8_quant.BLOCK)
-HALF = tl.constexpr(fp8_quant.BLOCK // 2)
+BLOCK = constant(fp8_quant.BLOCK)
+HALF = constant(fp8_quant.BLOCK // 2)
 
 
 @triton.jit

@@ -9,9 +9,9 @@ by expert, pairs come in blocks of ``BLOCK_M``, each of one expert.
 from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
-from .fp8_quant import quantize_rows
+from .fp8_quant import constant, quantize_rows
 
-BLOCK = tl.constexpr(fp8_quant.BLOCK)
+BLOCK = constant(fp8_quant.BLOCK)
 
 
 @triton.jit
