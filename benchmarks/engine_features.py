@@ -149,7 +149,7 @@ def lora(folder: Path) -> list[str]:
     cut, stock = folder / "cut", folder / "stock"
     cut.mkdir()
     write_checkpoint(config, cut)
-    write_adapters(config, cut)
+    write_adapters(cut)
     write_stock(config, cut, stock, RANK, TP)
     return compared_lora(folder, {"this": cut, "stock": stock}, "TritonExperts 256")
 

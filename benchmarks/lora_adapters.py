@@ -18,7 +18,7 @@ ADAPTERS = {
 PREFIX = "base_model.model."
 
 
-def write_adapters(config: ModelConfig, folder: Path) -> None:
+def write_adapters(folder: Path) -> None:
     """Write random adapters for a checkpoint's layers to folders below it.
 
     Their products are as large as those of the layers.

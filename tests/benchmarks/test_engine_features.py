@@ -23,7 +23,7 @@ def models(tmp_path_factory):
     config = ModelConfig.read(engine_features.MODELS / "qwen3_moe_1536.json")
     config = config.with_layers(1)._with_text(num_experts=2, num_experts_per_tok=2)
     write_checkpoint(config, cut)
-    write_adapters(config, cut)
+    write_adapters(cut)
     write_stock(config, cut, stock, RANK, TP)
     return cut, stock
 

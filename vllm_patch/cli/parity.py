@@ -12,6 +12,7 @@ from typing import Any
 from vllm_patch import __version__, plugin, releases
 from vllm_patch.cli import UsageError, engine_process, remove
 from vllm_patch.cli.check import checkpoint
+from vllm_patch.cli.check import command as check
 from vllm_patch.cli.engine_process import EngineProcess, EngineResult, say
 from vllm_patch.cli.model_config import ModelConfig
 from vllm_patch.cli.parity_runs import Runs, batches
@@ -41,10 +42,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="a Hugging Face config.json; a synthetic checkpoint is written for it",
     )
     source.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint folder")
-    # As vLLM spells it, too.
-    spellings = "--tp", "-tp", "--tensor-parallel-size"
     parser.add_argument(
-        *spellings, type=int, required=True, metavar="N", help="size to patch"
+        *check.TP, type=int, required=True, metavar="N", help="size to patch"
     )
     parser.add_argument(
         "--baseline-tp", type=int, default=1, metavar="N", help="default 1"
