@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "apply",
         help="put the change into a vLLM source tree",
         description="Change a tree as its release's series does: all of it or nothing.",
-        epilog="example: vllm-patch apply path/to/vllm --dry-run",
+        epilog="example: vllm-patch apply path/to/tree --check",
     )
     tree = "folder that holds vllm/: a checkout, an unpacked sdist, or site-packages"
     parser.add_argument("tree", type=Path, metavar="TREE", help=tree)

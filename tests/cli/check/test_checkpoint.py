@@ -96,7 +96,7 @@ FINE = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
     ],
 )
 def test_a_damaged_file(tmp_path, content, message):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UsageError, match=message) as raised:
         checkpoint.read(str(tmp_path))
@@ -109,6 +109,7 @@ def test_a_damaged_file(tmp_path, content, message):
         (None, "No such file"),
         (b"{", "Expecting property name"),
         (b"[]", "holds no JSON object"),
+        (b'{"added_tokens": []}', "neither architectures nor model_type"),
         (b"[" * 90000, "recursion"),
         (b"\xff\xff", "decode"),
     ],

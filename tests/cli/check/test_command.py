@@ -69,6 +69,7 @@ def test_what_it_says(capsys, monkeypatch, model, arguments, code, says):
         ([QWEN, "-tp", "0"], "--tp 0: give a number from 1 to 1024"),
         ([QWEN, "-tp", "99999999999"], "give a number from 1 to 1024"),
         (["no.json", "-tp", "8"], "is no folder, no file and no hub id"),
+        (["./qwen", "-tp", "8"], "is no folder, no file and no hub id"),
         (
             [QWEN, "-tp", "8", "--platform", "cpu", "--moe-backend", "triton"],
             "triton has kernels for GPUs only. Give auto on cpu",

@@ -72,7 +72,7 @@ def read(model: str) -> Checkpoint:
         return Checkpoint(model, _config(path / "config.json"), _folder_tensors(path))
     if path.is_file():
         return Checkpoint(model, _config(path), None)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         return _from_hub(model)
     raise UsageError(
         f"{model} is no folder, no file and no hub id such as Qwen/Qwen3-30B-A3B-FP8."
@@ -97,6 +97,8 @@ def _config(path: Path) -> dict[str, Any]:
     if fields.get("quantization_config") is None and beside.is_file():
         again = "Download the checkpoint again."
         fields["quantization_config"] = parsed(_text(beside, again), str(beside), again)
+    if not fields.keys() & {"architectures", "model_type"}:
+        raise UsageError(f"{path} has neither architectures nor model_type. {remedy}")
     return fields
 
 
