@@ -5,9 +5,9 @@
 Launches them on tensors without memory, and takes down what Triton would compile: the
 tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts inside a
 quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. Some of the rule's
-tiles come with each activation. Fails where a kernel needs more shared memory than a
-block of the GPU has, or where one that starts while the kernel before it ends touches
-memory before it waits for that one.
+tiles come with each activation on Hopper, and with the one without up elsewhere. Fails
+where a kernel needs more shared memory than a block of the GPU has, or where one that
+starts while the kernel before it ends touches memory before it waits for that one.
 """
 
 import argparse

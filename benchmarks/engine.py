@@ -99,7 +99,7 @@ def _run(
         for mode in args.modes:
             for way in args.ways:
                 had = rows_of(done, model, mode, way)
-                if not {END, "error"} & {row["measure"] for row in had}:
+                if END not in {row["measure"] for row in had}:
                     yield from _measure(model, mode, way, args, rows, had)
 
 
@@ -159,6 +159,10 @@ def _unfit(args: argparse.Namespace) -> str | None:
     for row in read_rows(args.csv) if args.resume else ():
         if row.get("ranks") != str(args.gpus):
             return f"--resume: {args.csv} has no rows of --gpus {args.gpus}"
+        for model in args.models:
+            layers = args.layers or model.sizes["num_hidden_layers"]
+            if row["model"] == model.name and row["layers"] != str(layers):
+                return f"--resume: {args.csv} has rows of {row['layers']} layers"
     return None
 
 

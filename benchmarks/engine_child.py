@@ -76,6 +76,8 @@ def process(
             for row in _read_while(child, lines, until):
                 rows.append(row)
                 known(row)
+                if row.get("measure") == END:
+                    break
             if rows and rows[-1].get("measure") == END:
                 return rows
             if time.monotonic() >= deadline:

@@ -51,6 +51,8 @@ def test_a_nested_language_model(tmp_path, fields):
     [
         # LongCat, Granite, Llama 4.
         ({"ffn_hidden_size": 12288}, "has ffn_hidden_size = 12288: parity does not"),
+        # Of the dense layers of MiniMax-M3.
+        ({"dense_intermediate_size": 12288}, "has dense_intermediate_size = 12288"),
         ({"expert_ffn_hidden_size": 2048}, "has expert_ffn_hidden_size = 2048: "),
         ({"shared_intermediate_size": 1024}, "has shared_intermediate_size = 1024: "),
         ({"intermediate_size_mlp": 16384}, "has intermediate_size_mlp = 16384: "),

@@ -259,6 +259,7 @@ def test_runs_by_other_operators_are_not_compared(engine, model, capsys, other):
         (["--engine-args", '{"model": "x"}'], "--engine-args sets model, which parity"),
         (["--baseline-tp", "16"], "--baseline-tp 16 does not divide num_attention"),
         (["--control-tp", "16"], "--control-tp 16 does not divide num_attention"),
+        (["--control-tp", "2000"], "--control-tp 2000: give a number from 1 to 1024"),
         (["--control-tp", "-1"], "--control-tp -1: give a positive number."),
         (["--logs", __file__], "File exists: '"),
     ],

@@ -3,9 +3,6 @@
 ``python -m tests.engine.grid`` loads each cell of a grid of synthetic models and TP
 sizes in the installed vLLM for CPUs, stock and patched: most of an hour on two cores.
 ``python -m tests.engine.grid 1408 "TP 8"`` loads those with such words in their names.
-
-On 2026-11-26, vLLM 0.32.0 did as check says with 14 of 19; not run again were the dense
-model of 2432 columns, Quark, and 1280 columns in compressed-tensors.
 """
 
 import json

@@ -111,7 +111,7 @@ def test_installed_package_serves_a_cut_size(
     checkpoint, prompts, request, tmp_path, monkeypatch, path
 ):
     monkeypatch.setenv("PYTHONPATH", path, prepend=os.pathsep)
-    # Inductor looks up a kernel by the CPU, which is also the one with AVX2 only.
+    # Inductor's key has the CPU's name, and not what it is told that it has.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     if path:  # Plain torch rounds elsewhere than vLLM's operators.
         expected = answered(checkpoint, prompts, tmp_path)

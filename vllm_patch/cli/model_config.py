@@ -22,8 +22,8 @@ MLP_SIZES = (
     "moe_shared_expert_intermediate_size",
     "share_expert_dim",
 )
-# Of layers that are not of the language model's decoder, or of none.
-OTHER_SIZES = "dense_intermediate_size", "intermediate_size_per_layer_input"
+# Of none that is cut.
+OTHER_SIZES = ("intermediate_size_per_layer_input",)
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,10 @@ class Runs:
     def _serves_stock(self, tp: int) -> bool:
         """Whether stock serves the model at ``tp``, in whichever form."""
         here, wide = self._verdict(tp), self._verdict(tp, widened=True)
-        if wide.undivided or _is_whole(here):
-            return not wide.undivided
+        if wide.undivided:
+            return False
+        if _is_whole(here):
+            return True
         if self.args.model is None:
             return _is_whole(wide)
         changed = {r.layer.kind for r in here.rows if r.ours.kind != "stock"}
@@ -147,6 +149,7 @@ class Runs:
             ("--baseline-tp", self.baseline_tp),
             ("--control-tp", self.control_tp),
         ):
+            check.check_size(option, size)
             if undivided := self._verdict(size, widened=True).undivided_by:
                 raise UsageError(f"{option} {size} does not divide {undivided}.")
             if not self._serves_stock(size):

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         )
     asked = args.tp or ALL
     for tp in asked:
-        _check_size(tp)
+        check_size("--tp", tp)
     if (mode := environment.mode()) not in MODES:
         raise UsageError(
             f"{VARIABLE}={mode}: with this, vLLM stops at its start. Unset it, or give "
@@ -181,7 +181,7 @@ def verdict(found: Checkpoint, tp: int) -> Verdict:
         UsageError: It makes no sense, or is not in FP8 blocks that could be cut.
 
     """
-    _check_size(tp)
+    check_size("--tp", tp)
     how = quantization.read(found.fields, found.name)
     if not _has_blocks(how):
         raise UsageError(
@@ -193,9 +193,9 @@ def verdict(found: Checkpoint, tp: int) -> Verdict:
     return Verdict(model, text, setting)
 
 
-def _check_size(tp: int) -> None:
+def check_size(option: str, tp: int) -> None:
     if not 0 < tp <= MOST_TP:
-        raise UsageError(f"--tp {tp}: give a number from 1 to {MOST_TP}.")
+        raise UsageError(f"{option} {tp}: give a number from 1 to {MOST_TP}.")
 
 
 def _has_blocks(how: Quantization) -> bool:

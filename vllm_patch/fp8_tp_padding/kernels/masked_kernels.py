@@ -246,18 +246,19 @@ def _load_h(
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
-    SPLITS: tl.constexpr = 1,
-    SHARDS: tl.constexpr = 2,
-    ACTIVATION: tl.constexpr = "silu",
-    LIMIT: tl.constexpr = None,
-    ALPHA: tl.constexpr = 1,
-    BETA: tl.constexpr = 0,
-    num_pairs=0,
-    dtype: tl.constexpr = None,
+    SPLITS: tl.constexpr,
+    SHARDS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    num_pairs,
+    dtype: tl.constexpr,
 ):
     """Operands of down: codes and scales of each block, scales times weights.
 
-    What comes after ``NUM_BLOCKS`` is for gate and up that were split along K.
+    What comes after ``SPLITS`` is for several of them. It has no defaults: Triton 3.6
+    takes no strings for them.
     """
     codes = ()
     scales = ()
@@ -352,7 +353,10 @@ def down_kernel(
     weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
-    codes, scales = _load_h(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS)
+    codes, scales = _load_h(
+        *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+        *(1, 2, "silu", None, 1, 0, num_pairs, None),
+    )
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
     for start in tl.range(0, K // SPLITS, BLOCK_N, num_stages=NUM_STAGES):

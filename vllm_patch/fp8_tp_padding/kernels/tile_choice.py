@@ -34,11 +34,12 @@ def tiles_for(
     if tuned:
         nearest = min(tuned, key=lambda tokens: abs(tokens - num_tokens))
         tiles = tuned[nearest]
-        if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
-            tiles = replace(tiles, gate_up_splits=1)
-        return tiles.fit(hidden)
-    hopper = current_platform.is_device_capability(90)
-    return rule(num_tokens * top_k / num_experts, hopper).fit(hidden)
+    else:
+        hopper = current_platform.is_device_capability(90)
+        tiles = rule(num_tokens * top_k / num_experts, hopper)
+    if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
+        tiles = replace(tiles, gate_up_splits=1)
+    return tiles.fit(hidden)
 
 
 def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
