@@ -65,3 +65,10 @@ def test_the_same_layers(fields, tmp_path):
     ]
     assert leaves[0] == leaves[1]
     assert not real.unknown and real.found
+
+
+def test_dense_layers_with_a_size_of_their_own():
+    fields = small("MiniMax-M2") | {"dense_intermediate_size": 12288}
+    fields["mlp_layer_types"] = ["dense", "sparse", "sparse", "sparse"]
+    found = derived.tensors(fields, quantization.read(fields, "")).tensors
+    assert found["model.layers.0.mlp.up_proj.weight"].shape[0] == 12288

@@ -99,7 +99,9 @@ def tensors(text: dict[str, Any], quantization: Quantization) -> Derived:
         name = f"model.layers.{layer}"
         _attention(model, layer, name)
         if dense is None or dense[layer]:
-            _mlp(model, f"{name}.mlp", model.needed("intermediate_size"))
+            # MiniMax-M3 has the other name for its experts.
+            size = model.needed("dense_intermediate_size", "intermediate_size")
+            _mlp(model, f"{name}.mlp", size)
         else:
             _experts(model, f"{name}.mlp", experts)
     model.unknown = [
