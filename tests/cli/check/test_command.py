@@ -46,6 +46,12 @@ NOT_NEEDED = "vllm", "torch", "transformers", "psutil", "huggingface_hub", "safe
             ["--tensor-parallel-size", "8", "--moe-backend", "deep_gemm"],
             *(0, "whole blocks, 2 of 8 ranks idle"),
         ),
+        (
+            "glm4_moe_1408",
+            ["-tp", "4", "--platform", "cpu", "--vllm-version", "0.28.0"],
+            *(2, "CPUs take experts of groups from vLLM 0.30.0 on"),
+        ),
+        ("glm4_moe_1408", ["-tp", "4", "--platform", "cpu"], 1, "backend: NONE"),
         ("qwen3_2432", ["-tp", "4", "-tp", "2"], 1, "TP 2 (vLLM"),
         ("qwen3_2432", ["-tp", "3"], 2, "Total number of attention heads (8) must be"),
         ("qwen3_2432_modelopt", ["-tp", "8"], 1, "FP8_PB_WO requires in divisible by"),

@@ -21,6 +21,8 @@ REFINES, SHARES_BLOCKS = "0.29.0", "0.31.0"
 # And experts of one projection instead of gate and up.
 UNGATED = "0.28.0"
 SMALLEST_REFINED = 32
+# And whose kernels for CPUs take experts of groups that are scored by sigmoids.
+GROUPS_ON_CPU = "0.30.0"
 AUTO, TRITON, DEEP_GEMM = BACKENDS = "auto", "triton", "deep_gemm"
 HOPPER, CPU = PLATFORMS = "hopper", "cpu"
 # Rows and columns of the blocks that all kernels but Triton's take, and what
@@ -133,6 +135,9 @@ def unserved(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None
     is_whole = setting.block == (BLOCK, BLOCK)
     if setting.platform == CPU and not is_whole:
         return f"kernels for CPUs are known to take blocks of {BLOCK}x{BLOCK} only"
+    is_early = setting.platform == CPU and not setting.since(GROUPS_ON_CPU)
+    if layer.kind == "experts" and is_early and _scores_groups(text):
+        return f"kernels for CPUs take experts of groups from vLLM {GROUPS_ON_CPU} on"
     if layer.kind != "experts" or setting.backend != DEEP_GEMM:
         return None
     if not is_whole:
@@ -140,6 +145,11 @@ def unserved(layer: Layer, setting: Setting, text: dict[str, Any]) -> str | None
     if not computes_silu(layer, text):
         return "DeepGEMM is known to compute experts with SiLU and gate only"
     return None
+
+
+def _scores_groups(text: dict[str, Any]) -> bool:
+    """Whether experts are routed as DeepSeek-V3's; GLM's config says no function."""
+    return bool(text.get("n_group")) and text.get("scoring_func") in (None, "sigmoid")
 
 
 def answer(layer: Layer, setting: Setting, text: dict[str, Any]) -> Answer:
