@@ -57,7 +57,7 @@ from benchmarks.engine_check import check, parity
 from benchmarks.engine_child import OutOfTime, RowFailed
 from benchmarks.engine_models import MODELS, Model, small
 from benchmarks.engine_row import END, Row
-from benchmarks.engine_rows import place, read_rows, report, row_of, rows_of
+from benchmarks.engine_rows import layers_of, place, read_rows, report, row_of, rows_of
 from benchmarks.engine_ways import BATCHES, LOAD, MODES, SMALL, WAYS, spec_of
 from benchmarks.run import Rows, environment, parser_of
 from vllm_patch.cli.synthetic import write_tokenizer
@@ -160,8 +160,8 @@ def _unfit(args: argparse.Namespace) -> str | None:
         if row.get("ranks") != str(args.gpus):
             return f"--resume: {args.csv} has no rows of --gpus {args.gpus}"
         for model in args.models:
-            layers = args.layers or model.sizes["num_hidden_layers"]
-            if row["model"] == model.name and row["layers"] != str(layers):
+            layers = str(layers_of(model, args))
+            if row["model"] == model.name and row["layers"] != layers:
                 return f"--resume: {args.csv} has rows of {row['layers']} layers"
     return None
 
@@ -248,7 +248,7 @@ def _stepped(
             # Its half of them, and all for the rows of one rank.
             batches = sorted({*batches, *(max(1, n // 2) for n in batches)})
         places = {n: ("decode_ms", str(n), str(context)) for n in batches}
-        decode[context] = [n for n, place in places.items() if place not in before]
+        decode[context] = [n for n, where in places.items() if where not in before]
     return spec_of(
         *(model, mode, way, args),
         prefill=[
@@ -269,7 +269,7 @@ def _served(
     spec = spec_of(
         *(model, mode, way, args),
         servers=1 + WAYS[way].halves,
-        concurrent=[n for n, place in places.items() if place not in before],
+        concurrent=[n for n, where in places.items() if where not in before],
         input=tokens_in,
         output=tokens_out,
     )

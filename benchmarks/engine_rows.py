@@ -1,7 +1,6 @@
 """Rows of ``benchmarks.engine`` in its CSV, and the tables that it prints of them."""
 
 import argparse
-import csv
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any
 from benchmarks import communication
 from benchmarks.engine_models import Model
 from benchmarks.engine_ways import WAYS
+from benchmarks.plot_moe import read
 
 
 def row_of(
     model: Model, mode: str, way: str, args: argparse.Namespace, found: dict[str, Any]
 ) -> dict[str, Any]:
     """Return a row of the CSV, with the time of a step's communication."""
-    layers = args.layers or model.sizes["num_hidden_layers"]
+    layers = layers_of(model, args)
     tokens, added = found.get("tokens"), ""
     timed = found["measure"] in ("decode_ms", "prefill_ms", "mixed_ms")
     if timed and args.gpus == 1:
@@ -39,6 +39,10 @@ def row_of(
     }
 
 
+def layers_of(model: Model, args: argparse.Namespace) -> int:
+    return args.layers or model.sizes["num_hidden_layers"]
+
+
 def _number(value: Any) -> Any:
     return f"{value:.5g}" if isinstance(value, float) else value
 
@@ -48,10 +52,7 @@ def place(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def read_rows(path: str) -> list[dict[str, str]]:
-    if not Path(path).is_file():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return read(path) if Path(path).is_file() else []
 
 
 def rows_of(
@@ -69,8 +70,7 @@ def tables(rows: list[dict[str, str]]) -> Iterator[tuple[str, dict[str, dict]]]:
         if row["measure"] in ("error", "logits", "parity"):
             continue
         table = found.setdefault((row["model"], row["mode"]), {})
-        where = row["measure"], row["tokens"], row["context"]
-        table.setdefault(row["way"], {})[where] = float(row["value"])
+        table.setdefault(row["way"], {})[place(row)] = float(row["value"])
     for (model, mode), table in found.items():
         yield f"{model}, {mode}", table
 
@@ -80,13 +80,12 @@ def report(rows: list[dict[str, str]]) -> None:
     for title, table in tables(rows):
         ways = [way for way in WAYS if way in table]
         print(f"\n{title}\n{'':34}" + "".join(f"{way:>12}" for way in ways))
-        places = dict.fromkeys(place for way in ways for place in table[way])
-        for place in places:
+        for where in dict.fromkeys(each for way in ways for each in table[way]):
             cells = "".join(
-                f"{table[way][place]:12.4g}" if place in table[way] else f"{'-':>12}"
+                f"{table[way][where]:12.4g}" if where in table[way] else f"{'-':>12}"
                 for way in ways
             )
-            print(f"  {' '.join(filter(None, place)):32}{cells}")
+            print(f"  {' '.join(filter(None, where)):32}{cells}")
         for measure in ("decode_ms", "prefill_ms"):
             for way in ways[1:]:
                 _print_ratio(measure, way, table)
@@ -95,9 +94,9 @@ def report(rows: list[dict[str, str]]) -> None:
 def _print_ratio(measure: str, way: str, table: dict[str, dict]) -> None:
     ours, theirs = table.get("this", {}), table[way]
     ratios = {
-        place: theirs[place] / ours[place]
-        for place in ours
-        if place[0] == measure and place in theirs
+        where: theirs[where] / ours[where]
+        for where in ours
+        if where[0] == measure and where in theirs
     }
     if ratios:
         mean, worst = statistics.geometric_mean(ratios.values()), min(ratios.values())
