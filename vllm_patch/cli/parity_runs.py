@@ -37,6 +37,7 @@ class Runs:
 
     def __init__(self, args: argparse.Namespace, config: ModelConfig, is_on_cpu: bool):
         self.args, self.config, self.is_on_cpu = args, config, is_on_cpu
+        self._as_it_is = self._derived(config, args.tp)
         self._check_sizes()
         self.baseline_tp = args.baseline_tp
         self.control_tp = args.control_tp or self._control_tp()
@@ -99,7 +100,11 @@ class Runs:
         return directory
 
     def _verdict(self, tp: int, widened: bool = False) -> Verdict:
-        config = self.config.widened(tp) if widened else self.config
+        if widened:
+            return self._derived(self.config.widened(tp), tp)
+        return self._as_it_is.at(tp=tp)
+
+    def _derived(self, config: ModelConfig, tp: int) -> Verdict:
         return check.verdict(Checkpoint(str(config.path), config.fields, None), tp)
 
     def _serves_stock(self, tp: int) -> bool:
