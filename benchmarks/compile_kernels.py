@@ -7,7 +7,7 @@ tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts insi
 quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. Some of the rule's
 tiles come with each activation on Hopper, and with the one without up elsewhere. Fails
 where a kernel needs more shared memory than a block of the GPU has, or where one that
-starts while the kernel before it ends touches memory before it waits for that one.
+starts while the kernel before it ends touches what that one may still write.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import vllm.triton_utils
 # Where it finds no GPU, vLLM puts a stub in the place of Triton.
 vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton
 
+from benchmarks import early_reads  # noqa: E402
 from vllm_patch.cli.tune import ahead  # noqa: E402
 from vllm_patch.fp8_tp_padding.kernels import (  # noqa: E402
     columns,
@@ -49,8 +50,6 @@ from vllm_patch.fp8_tp_padding.slices.shard import block_shard  # noqa: E402
 from vllm_patch.fp8_tp_padding.slices.window import Window  # noqa: E402
 
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# Instructions that touch memory of other kernels.
-MEMORY = re.compile(r"\b(?:ld|st|atom|red)\.[\w.]*global|\bcp\.async|\bcp\.red")
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
 SILU = Activation()
 # One of each branch of the rule, and those for which other activations compile: all
@@ -89,8 +88,8 @@ class Job:
         binary = vars(sys.modules[module])[name].preload(self.what)
         registers, spilled = registers_of(binary)
         depends = json.loads(self.what)["options"]["launch_pdl"]
-        waits = waits_first(binary.asm["ptx"]) == depends
-        return Usage(registers, spilled, binary.metadata.shared, waits)
+        waiting = early_reads.problem(name, binary.asm["ttgir"], depends)
+        return Usage(registers, spilled, binary.metadata.shared, waiting)
 
 
 @dataclass(frozen=True)
@@ -101,25 +100,19 @@ class Usage:
         registers: Of a thread.
         spilled: Bytes of a thread.
         shared: Bytes of shared memory of a program.
-        waits: Whether it waits for the kernel before it just where it has to.
+        waiting: What is wrong with how it waits for the kernel before it.
 
     """
 
     registers: int
     spilled: int
     shared: int
-    waits: bool
+    waiting: str | None
 
     def problem(self, arch: int) -> str | None:
         if self.shared > SHARED_MEMORY[arch]:
             return "TOO LARGE"
-        return None if self.waits else "DOES NOT WAIT, OR WAITS FOR NOTHING"
-
-
-def waits_first(ptx: str) -> bool:
-    """Whether memory is touched only after waiting for the kernel before."""
-    before, wait, _ = ptx.partition("griddepcontrol.wait")
-    return bool(wait) and not MEMORY.search(before)
+        return self.waiting
 
 
 def registers_of(binary) -> tuple[int, int]:

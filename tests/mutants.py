@@ -138,6 +138,30 @@ MUTANTS = (
         "tl.store(placed_ptr + bins, tl.zeros([BINS], tl.int32) + 1)",
     ),
     Mutant(
+        "experts: pairs beyond a block are those of it again",
+        "kernels/pair_kernels.py",
+        "- 1 - (pid_m - first) * BLOCK_M",
+        "- 1",
+    ),
+    Mutant(
+        "experts: of found pairs, neighbours are swapped",
+        "kernels/pair_kernels.py",
+        "tl.where(chosen, pair[:, None], num_pairs)",
+        "tl.where(chosen, pair[:, None] ^ 1, num_pairs)",
+    ),
+    Mutant(
+        "experts: down's first columns are of no activations",
+        "kernels/masked_kernels.py",
+        "if USE_PDL and start == 0:",
+        "if USE_PDL and start == BLOCK_N:",
+    ),
+    Mutant(
+        "experts: a token's first slot is of no activations",
+        "kernels/masked_kernels.py",
+        "if USE_PDL and one == 0:",
+        "if USE_PDL and one == 1:",
+    ),
+    Mutant(
         "launches: another tensor's address",
         "kernels/launches.py",
         "values[parameter] = addresses[tensor]",

@@ -35,9 +35,19 @@ PATHS = {
     "pairs": PairTiles(Tile(32, 4, 3, unroll=2), Tile(64, 4, 3)),
     "pairs, swapped": PairTiles(SWAPPED, SWAPPED),
     "pairs, split": PairTiles(Tile(32, 4, 3), SWAPPED, gate_up_splits=2),
+    "blocks and tokens": PairTiles(SWAPPED, Tile(128, 4, 2), 2, 16, pdl=True),
+    "found": SortedTiles(16, Tile(32, 4, 3), SWAPPED, down_splits=2, pdl=True),
     "sorted": SortedTiles(16, Tile(32, 4, 3), Tile(128, 4, 2), down_splits=2),
-    "sorted, swapped": SortedTiles(16, SWAPPED, SWAPPED),
+    "sorted, swapped": SortedTiles(16, SWAPPED, SWAPPED, pdl=True),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_are_sorted(request, monkeypatch):
+    """Sort what programs would find by themselves, on a path that is to sort."""
+    path = getattr(request.node, "callspec", None)
+    if path and path.params.get("path", "").startswith("sorted"):
+        monkeypatch.setattr(masked_moe, "MOST_FOUND", 0)
 
 
 def tokens(count: int, skewed: bool = False):
@@ -140,6 +150,8 @@ def test_a_wrong_lead_shows(path):
     [
         ("pairs", 1, False),
         ("pairs, swapped", 2, False),
+        ("blocks and tokens", 17, True),
+        ("found", 17, True),
         ("sorted", 1, False),
         ("sorted, swapped", 17, True),
     ],
@@ -153,7 +165,7 @@ def test_batches(path, count, skewed):
     expected.check(out)
 
 
-@pytest.mark.parametrize("path", ["pairs", "sorted, swapped"])
+@pytest.mark.parametrize("path", ["pairs", "found", "sorted, swapped"])
 def test_slots_that_name_no_expert_add_nothing(path):
     checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
@@ -169,12 +181,26 @@ def test_slots_that_name_no_expert_add_nothing(path):
 
 
 def test_sorting_many_pairs_in_chunks(monkeypatch):
+    """They lie where programs find them by themselves."""
     checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(40)
     expected = run(layer, PATHS["sorted"], *inputs)
+    monkeypatch.setattr(masked_moe, "MOST_FOUND", 0)
     monkeypatch.setattr(masked_moe.SortedPlan, "chunk", 32)
     assert torch.equal(run(layer, PATHS["sorted"], *inputs), expected)
+
+
+@pytest.mark.parametrize("path", ["blocks and tokens", "found"])
+def test_a_token_that_names_an_expert_twice(path):
+    """As simulated routings do: more pairs of an expert than tokens, and two blocks."""
+    checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
+    layer = compact_layer(384, 2, 1, checkpoint)
+    x, weights, ids = tokens(9)
+    ids[:, 1] = ids[:, 0] = 2
+    expected = run(layer, PATHS["pairs, swapped"], x, weights, ids)
+    out = run(layer, PATHS[path], x, weights, ids)
+    assert relative_error(out, expected) < 1e-6
 
 
 def test_the_layers_own_path_is_more_exact_than_an_aligned_one():

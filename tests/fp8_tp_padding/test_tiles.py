@@ -81,6 +81,7 @@ def test_files_without_entries(read, config):
         ({"8": {**SORTED, "block_m": 24}}, "block_m = 24"),
         ({"8": {**SORTED, "down_splits": 0}}, "down_splits = 0"),
         ({"8": {**PAIRS, "down_splits": 2}}, "down_splits"),
+        ({"8": {**PAIRS, "gate_up_block_m": 8}}, "gate_up_block_m = 8"),
         ({"8": {**PAIRS, "pdl": "no"}}, "pdl = 'no'"),
         ({"8": {**PAIRS, "down": {**TILE, "swap": 1}}}, "swap = 1"),
         ({"-1": PAIRS}, "tokens = -1"),

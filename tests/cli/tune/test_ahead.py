@@ -15,7 +15,7 @@ from vllm_patch.fp8_tp_padding.kernels.fp8_quant import FP8
 from vllm_patch.fp8_tp_padding.kernels.tiles import SortedTiles, Tile
 
 shard = Case(4, 2, 256, 384, 2).shard
-problem = masked_moe.Problem(64, 2, 256, 4, shard, torch.bfloat16)
+problem = masked_moe.Problem(512, 2, 256, 4, shard, torch.bfloat16)
 tile = Tile(64, 4, 2, swap=True)
 tiles = SortedTiles(16, tile, tile, 2)
 with ahead.Compilers(90) as compilers:

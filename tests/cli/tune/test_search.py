@@ -52,17 +52,27 @@ def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
     case = QWEN
     sizes = tokens, case.top_k, case.hidden, case.experts, case.shard, torch.bfloat16
     problem = Problem(*sizes)
-    tiles = tiles or candidates.starts(problem)[0]
+    tiles = tiles or candidates.starts(problem, gpu.launches_dependently)[0]
     return candidates.Path(problem, gpu, min(128, 8 * tokens), tiles, time)
 
 
 @pytest.mark.parametrize(
     ("tokens", "kinds"),
-    [(1, [0]), (16, [0, 16]), (128, [16, 32]), (512, [32, 64]), (16384, [64])],
+    [
+        (1, [(0, 0)]),
+        (16, [(0, 0), (16, 16), (0, 16)]),
+        (128, [(16, 16), (32, 32)]),
+        (512, [(32, 32), (64, 64)]),
+        (16384, [(64, 64)]),
+    ],
 )
 def test_paths_by_pairs_of_an_expert(tokens, kinds):
-    found = candidates.starts(path(tokens).problem)
-    assert [tiles.block_m for tiles in found] == kinds
+    """Blocks of down, and of gate and up, which few tokens may have alone."""
+    problem = path(tokens).problem
+    found = candidates.starts(problem, dependent=True)
+    assert [(tiles.block_m, tiles.gate_up_block_m) for tiles in found] == kinds
+    assert all(tiles.pdl == (tiles.block_m < 64) for tiles in found)
+    assert not any(tiles.pdl for tiles in candidates.starts(problem, dependent=False))
 
 
 def test_unsorted_pairs_that_fill_the_gpu_are_operands_of_wgmma():
@@ -100,6 +110,7 @@ def test_downs_programs_fill_the_gpu_and_no_more():
 
 
 def test_dependent_launch_where_it_shows():
-    assert candidates.dependent_launch(path(1))[0].pdl
+    assert not candidates.dependent_launch(path(1))[0].pdl
+    assert candidates.dependent_launch(path(1, PairTiles(ANY, ANY)))[0].pdl
     assert not candidates.dependent_launch(path(1, gpu=ADA))
     assert not candidates.dependent_launch(path(4096, time=400.0))

@@ -12,13 +12,19 @@ from itertools import product
 
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK
 from vllm_patch.fp8_tp_padding.kernels.masked_moe import LEAST_ROWS, Problem
-from vllm_patch.fp8_tp_padding.kernels.tiles import PairTiles, SortedTiles, Tile, Tiles
+from vllm_patch.fp8_tp_padding.kernels.tiles import (
+    MOST_FOUND,
+    PairTiles,
+    SortedTiles,
+    Tile,
+    Tiles,
+)
 
 ANY = Tile(64, 4, 3)
 # Pairs of an expert for which a block of so many rows is tried: with fewer most of it
 # is padding, with more each expert's weights are read several times.
 PAIRS = {16: (0.25, 16), 32: (6, 40), 64: (20, float("inf"))}
-# Above, unsorted pairs read each expert that often.
+# Above, what takes pairs or tokens alone reads each expert that often.
 MOST_UNSORTED = 4
 # Programs for each multiprocessor, beyond which down gains nothing by more, of gate and
 # up, where tiles of 64 columns are enough, and where splits along K are too many.
@@ -65,18 +71,21 @@ class Path:
     time: float = float("inf")
 
 
-def starts(problem: Problem) -> list[Tiles]:
+def starts(problem: Problem, dependent: bool) -> list[Tiles]:
     """Return paths, with any tiles, that can be best for so many pairs."""
     each = problem.num_pairs / problem.num_experts
     found: list[Tiles] = [PairTiles(ANY, ANY)] if each <= MOST_UNSORTED else []
     for block_m, (least, most) in PAIRS.items():
         if least <= each <= most:
             found.append(SortedTiles(block_m, ANY, ANY, down_splits=2))
-    return found
+            if each <= MOST_UNSORTED and problem.num_pairs <= MOST_FOUND:
+                found.append(PairTiles(ANY, ANY, gate_up_block_m=block_m))
+    # Where launches show, weights that are loaded early decide which tiles are best.
+    return [replace(tiles, pdl=dependent and tiles.block_m < 64) for tiles in found]
 
 
 def gate_up(path: Path) -> list[Tiles]:
-    block_m = path.tiles.block_m or LEAST_ROWS
+    block_m = path.tiles.gate_up_block_m or LEAST_ROWS
     return [
         replace(path.tiles, gate_up=tile, **splits).fit(path.problem.hidden)
         for tile in _gate_up_tiles(path)
@@ -160,7 +169,8 @@ STEPS: dict[str, Callable[[Path], list[Tiles]]] = {
 def order_of_sums(tiles: Tiles) -> Tiles:
     """Return what is equal for tiles that add in the same order.
 
-    Loads in flight, programs that share columns, and when a kernel starts change none.
+    Loads in flight, programs that share columns, other pairs of a block, and when a
+    kernel starts change none.
     """
     changes: dict[str, object] = {
         "gate_up": replace(tiles.gate_up, num_stages=1),
@@ -169,6 +179,8 @@ def order_of_sums(tiles: Tiles) -> Tiles:
     }
     if isinstance(tiles, SortedTiles):
         changes["down_splits"] = 1
+    else:
+        changes["gate_up_block_m"] = 0
     return replace(tiles, **changes)
 
 

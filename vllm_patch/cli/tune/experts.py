@@ -13,7 +13,7 @@ from vllm_patch.cli.tune.errors import worst_columns
 from vllm_patch.fp8_tp_padding.kernels import masked_moe
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK, FP8
 from vllm_patch.fp8_tp_padding.kernels.tile_choice import tiles_for
-from vllm_patch.fp8_tp_padding.kernels.tiles import SortedTiles, Tiles
+from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles
 
 # Calls in a graph, each with a routing of its own.
 ROUTINGS = 8
@@ -113,10 +113,10 @@ class Batch:
         return candidates.Path(self.problem, self.layer.gpu, self._blocks(tiles), tiles)
 
     def _blocks(self, tiles: Tiles) -> int:
-        if not isinstance(tiles, SortedTiles):
+        if not tiles.gate_up_block_m:
             return self.problem.num_pairs
         pairs = torch.bincount(self.routings[0].ids.flatten())
-        return int((-(-pairs // tiles.block_m)).sum())
+        return int((-(-pairs // tiles.gate_up_block_m)).sum())
 
     def times(
         self, paths: Sequence[Tiles], replays: int = graph_timing.REPLAYS

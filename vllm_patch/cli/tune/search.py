@@ -73,8 +73,9 @@ def _descend(batches: Iterable[Batch], compilers: Compilers) -> dict[int, list[T
     """Return the best tiles of each path, by number of tokens."""
     paths: list[tuple[Batch, Path]] = []
     for batch in batches:
-        starts = [*candidates.starts(batch.problem), batch.present]
-        of_each = {tiles.block_m: tiles for tiles in starts}
+        dependent = batch.layer.gpu.launches_dependently
+        starts = [*candidates.starts(batch.problem, dependent), batch.present]
+        of_each = {(tiles.block_m, tiles.gate_up_block_m): tiles for tiles in starts}
         paths += [(batch, batch.path(tiles)) for tiles in of_each.values()]
     for number, (name, choices) in enumerate(candidates.STEPS.items(), 1):
         tried = [[path.tiles, *choices(path)] for _, path in paths]

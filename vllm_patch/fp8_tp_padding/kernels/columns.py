@@ -14,7 +14,12 @@ from vllm.platforms import current_platform
 from vllm.triton_utils import tl, triton
 
 from ..slices.window import Window
-from .dependent_launch import dependent_launch, launches_dependently
+from .dependent_launch import (
+    dependent_launch,
+    launches_dependently,
+    let_next_start,
+    wait_for_previous,
+)
 
 TOKENS_PER_PROGRAM = 8
 MAX_COLUMNS_PER_PROGRAM = 512
@@ -164,9 +169,8 @@ def _copy_kernel(
     source = source_of(column, STARTS, SHIFTS)
     exists = (token < tokens)[:, None] & (column < TOTAL)[None, :]
     real = (source >= 0) & (source < SIZE)
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous(USE_PDL)
+    let_next_start(USE_PDL)
     y = tl.load(
         x_ptr + token[:, None] * x_token_stride + source[None, :] * x_column_stride,
         mask=exists & real[None, :],

@@ -15,7 +15,12 @@ from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from ..slices.window import Window
-from .dependent_launch import dependent_launch, launches_dependently
+from .dependent_launch import (
+    dependent_launch,
+    launches_dependently,
+    let_next_start,
+    wait_for_previous,
+)
 from .fp8_quant import FP8, quantize_rows
 
 TOKENS_PER_PROGRAM = 16
@@ -178,9 +183,8 @@ def _padded_quant_kernel(
     Grid: (ceil(tokens / TOKENS), span / GROUP). Columns outside
     ``[lead, lead + size)`` are loaded as zeros, so they change no scale.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous(USE_PDL)
+    let_next_start(USE_PDL)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS).to(tl.int64)
     group = tl.program_id(1)
     column = group * GROUP + tl.arange(0, GROUP)

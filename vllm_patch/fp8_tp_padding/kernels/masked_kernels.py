@@ -12,6 +12,7 @@ one, loads and stores are masked. Rows are pairs (``pair_kernels.py``).
 from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
+from .dependent_launch import let_next_start, wait_for_previous
 from .fp8_quant import constant, quantize_rows
 from .masked_activation import activated
 from .pair_kernels import block_of_pairs, expert_of
@@ -109,7 +110,9 @@ def gate_up_kernel(
     SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
-    SORTED: tl.constexpr,
+    PLACED: tl.constexpr,
+    BINS: tl.constexpr,
+    PAIRS: tl.constexpr,
     UNROLL: tl.constexpr,
     SHARDS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -124,9 +127,9 @@ def gate_up_kernel(
     of several ``SPLITS`` takes a part of ``K`` and writes its part of both products.
     There is no up if ``SHARDS`` is 1.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    # What sorts is the kernel before this one.
+    if PLACED == "sorted":
+        wait_for_previous(USE_PDL)
     FIRST: tl.constexpr = LEAD // BLOCK_N
     TILES: tl.constexpr = (LEAD + SIZE + BLOCK_N - 1) // BLOCK_N - FIRST
     K_BLOCKS: tl.constexpr = K // BLOCK
@@ -139,9 +142,16 @@ def gate_up_kernel(
         topk_ids_ptr,
         num_pairs,
         BLOCK_M,
-        SORTED,
+        PLACED,
         EXPERTS,
+        BINS,
+        PAIRS,
     )
+    if PLACED != "sorted":
+        wait_for_previous(USE_PDL)
+    # Weights that down loads meanwhile take bandwidth, which few pairs need themselves.
+    if PLACED != "alone":
+        let_next_start(USE_PDL)
     if expert < 0:
         return
 
@@ -165,7 +175,10 @@ def gate_up_kernel(
     zeros = _zeros(BLOCK_M, SHARDS * BLOCK_N, SWAP)
     split = pid // TILES % SPLITS
     FIRST_BLOCK = split * (K_BLOCKS // SPLITS)
+    HALFWAY: tl.constexpr = K_BLOCKS // SPLITS // UNROLL // 2 * UNROLL
     for first in tl.range(0, K_BLOCKS // SPLITS, UNROLL, num_stages=NUM_STAGES):
+        if PLACED == "alone" and first == HALFWAY:
+            let_next_start(USE_PDL)
         for i in tl.static_range(UNROLL):
             block = FIRST_BLOCK + first + i
             x = tl.load(x_ptrs + block * BLOCK, mask=is_pair[:, None], other=0.0)
@@ -282,6 +295,24 @@ def _load_h(
 
 
 @triton.jit
+def _no_h(
+    ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """What ``_load_h`` returns, before it has: a loop needs their types."""
+    codes = ()
+    scales = ()
+    for block in tl.static_range(NUM_BLOCKS):
+        column = _real_columns(block, SIZE, LEAD)
+        zeros = tl.zeros([ROWS, column.shape[0]], tl.float32)
+        codes = codes + (zeros.to(tl.float8e4nv),)
+        scales = scales + (tl.zeros([ROWS], tl.float32),)
+    return codes, scales
+
+
+@triton.jit
 def _times_w2(
     codes,
     scales,
@@ -313,7 +344,9 @@ def down_kernel(
     sorted_pairs_ptr,
     block_experts_ptr,
     num_blocks_ptr,
+    topk_ids_ptr,
     num_pairs,
+    EXPERTS: tl.constexpr,
     K: tl.constexpr,
     SIZE: tl.constexpr,
     LEAD: tl.constexpr,
@@ -323,6 +356,9 @@ def down_kernel(
     SPLITS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     SWAP: tl.constexpr,
+    PLACED: tl.constexpr,
+    BINS: tl.constexpr,
+    PAIRS: tl.constexpr,
     MUL_WEIGHT: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -331,35 +367,46 @@ def down_kernel(
     Grid: ``blocks of pairs * SPLITS``. A program holds the block's activations,
     quantized, and walks over its ``K // SPLITS`` output columns.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     pair, expert = block_of_pairs(
         pid // SPLITS,
         sorted_pairs_ptr,
         block_experts_ptr,
         num_blocks_ptr,
-        None,
+        topk_ids_ptr,
         num_pairs,
         BLOCK_M,
-        SORTED=True,
-        EXPERTS=0,
+        PLACED,
+        EXPERTS,
+        BINS,
+        PAIRS,
     )
     if expert < 0:
+        wait_for_previous(USE_PDL)
+        let_next_start(USE_PDL)
         return
 
     is_pair = pair < num_pairs
     weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
-    codes, scales = _load_h(
-        *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
-        *(1, 2, "silu", None, 1, 0, num_pairs, None),
-    )
+    if USE_PDL:
+        codes, scales = _no_h(BLOCK_M, SIZE, LEAD, NUM_BLOCKS)
+    else:
+        codes, scales = _load_h(
+            *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+            *(1, 2, "silu", None, 1, 0, num_pairs, None),
+        )
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
     for start in tl.range(0, K // SPLITS, BLOCK_N, num_stages=NUM_STAGES):
+        if USE_PDL and start == 0:
+            wait_for_previous(USE_PDL)
+            let_next_start(USE_PDL)
+            codes, scales = _load_h(
+                *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+                *(1, 2, "silu", None, 1, 0, num_pairs, None),
+            )
         row = FIRST + start + tl.arange(0, BLOCK_N)
         row_block = (FIRST + start) // BLOCK
         y = _times_w2(
@@ -412,9 +459,6 @@ def down_and_sum_kernel(
     tokens come from L2. The token's slots are the rows of one operand; the
     product with a slot's expert counts in that slot's row only.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     num_tokens = tl.num_programs(0) // (K // BLOCK_N)
     token = tl.program_id(0) % num_tokens
     start = tl.program_id(0) // num_tokens * BLOCK_N
@@ -425,14 +469,25 @@ def down_and_sum_kernel(
     weight = 1.0
     if MUL_WEIGHT:
         weight = tl.load(topk_weights_ptr + pair, mask=is_pair, other=0.0)
-    codes, scales = _load_h(
-        *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
-        *(SPLITS, SHARDS, ACTIVATION, LIMIT, ALPHA, BETA),
-        *(num_tokens * TOP_K, out_ptr.dtype.element_ty),
-    )
+    if USE_PDL:
+        codes, scales = _no_h(ROWS, SIZE, LEAD, NUM_BLOCKS)
+    else:
+        codes, scales = _load_h(
+            *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+            *(SPLITS, SHARDS, ACTIVATION, LIMIT, ALPHA, BETA),
+            *(num_tokens * TOP_K, out_ptr.dtype.element_ty),
+        )
     row = start + tl.arange(0, BLOCK_N)
     out = _zeros(ROWS, BLOCK_N, SWAP)
     for one in tl.range(0, TOP_K, num_stages=NUM_STAGES):
+        if USE_PDL and one == 0:
+            wait_for_previous(USE_PDL)
+            let_next_start(USE_PDL)
+            codes, scales = _load_h(
+                *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+                *(SPLITS, SHARDS, ACTIVATION, LIMIT, ALPHA, BETA),
+                *(num_tokens * TOP_K, out_ptr.dtype.element_ty),
+            )
         routed = tl.load(topk_ids_ptr + token * TOP_K + one).to(tl.int32)
         expert = expert_of(routed, EXPERTS)
         real_row = tl.where(expert >= 0, row, K)
@@ -470,9 +525,8 @@ def sum_kernel(
 
     Grid: ``num_tokens * ceil(K / BLOCK_N)``.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous(USE_PDL)
+    let_next_start(USE_PDL)
     TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     token = (tl.program_id(0) // TILES).to(tl.int64)
     column = tl.program_id(0) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -4,14 +4,14 @@
 
 ``PairPlan`` runs few tokens and ``SortedPlan`` many. Both quantize the input, and
 multiply by gate and up; then the first has down sum a token's experts as it goes, and
-the second, which sorts pairs by expert beforehand, writes each pair's output and sums.
+the second, whose down takes blocks of pairs too, writes each pair's output and sums.
 """
 
 import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,7 +29,7 @@ from .masked_kernels import (
     sum_kernel,
 )
 from .pair_kernels import prepare_kernel, sort_kernel
-from .tiles import PairTiles, SortedTiles, Tiles
+from .tiles import MOST_FOUND, PairTiles, SortedTiles, Tiles
 from .workspace import Buffers
 
 # Output columns that one program sums.
@@ -40,6 +40,8 @@ MAX_CHUNKS = 16
 SORTED_PAIRS = 128
 # Rows of an operand of a matrix product: a pair that is not sorted comes alone.
 LEAST_ROWS = 16
+# Among fewer pairs, programs look for those of a block as among so many.
+LEAST_FOUND = 128
 # Where sorted pairs lie, in the workspace.
 PLACES = "sorted_pairs", "block_experts", "num_blocks"
 
@@ -179,6 +181,49 @@ class _Plan:
         self._prepared.run(tensors, workspace)
 
     @property
+    def blocks(self) -> int:
+        """Most blocks of pairs: each expert may leave one unfilled."""
+        pairs, block_m = self.problem.num_pairs, self.tiles.gate_up_block_m
+        if not block_m:
+            return pairs
+        unfilled = min(self.problem.num_experts, pairs)
+        return min(pairs, pairs // block_m + unfilled)
+
+    @property
+    def bins(self) -> int:
+        return max(32, triton.next_power_of_2(self.problem.num_experts))
+
+    @property
+    def placed(self) -> str:
+        """How programs know the pairs of a block, as ``block_of_pairs`` says."""
+        if not self.tiles.gate_up_block_m:
+            return "alone"
+        return "found" if self.problem.num_pairs <= MOST_FOUND else "sorted"
+
+    @property
+    def searched(self) -> int:
+        """Pairs among which a program looks for those of its block."""
+        if self.placed != "found":
+            return 0
+        return max(LEAST_FOUND, triton.next_power_of_2(self.problem.num_pairs))
+
+    @property
+    def _places(self) -> Sequence[str]:
+        return ("topk_ids", *PLACES) if self.placed == "sorted" else ("topk_ids",)
+
+    @property
+    def _placing(self) -> dict[str, Any]:
+        absent = {f"{name}_ptr": None for name in PLACES if name not in self._places}
+        return {
+            "BLOCK_M": self.tiles.gate_up_block_m or LEAST_ROWS,
+            "PLACED": self.placed,
+            "BINS": self.bins,
+            "PAIRS": self.searched,
+            "EXPERTS": self.problem.num_experts,
+            **absent,
+        }
+
+    @property
     def _options(self) -> dict[str, bool]:
         return dependent_launch(self.tiles.pdl)
 
@@ -192,10 +237,15 @@ class _Plan:
             "NUM_BLOCKS": shard.num_blocks,
         }
 
-    def _prepare(self, chunks: int, counts: Sequence[str] = (), **counting) -> Launch:
+    def _prepare(
+        self, chunks: int = 0, counts: Sequence[str] = (), **counting
+    ) -> Launch:
         problem = self.problem
         groups = problem.hidden // BLOCK
         each = math.gcd(groups, self.quant_groups)
+        if not chunks:
+            counting = {"counts_ptr": None, "placed_ptr": None}
+            counting |= dict.fromkeys(("EXPERTS", "BINS", "CHUNK"), 0)
         return Launch(
             prepare_kernel,
             chunks + problem.num_tokens * (groups // each),
@@ -210,28 +260,19 @@ class _Plan:
             },
         )
 
-    def _gate_up(
-        self,
-        blocks: int,
-        block_m: int,
-        places: Sequence[str] = (),
-        splits: int = 1,
-        **sorting,
-    ) -> Launch:
+    def _gate_up(self, splits: int = 1) -> Launch:
         problem, tile = self.problem, self.tiles.gate_up
         return Launch(
             gate_up_kernel,
-            blocks * splits * tile.count(problem.shard),
-            ("x_codes", "x_scale", "w13", "w13_scale", "h", "topk_ids", *places),
+            self.blocks * splits * tile.count(problem.shard),
+            ("x_codes", "x_scale", "w13", "w13_scale", "h", *self._places),
             {
                 "num_pairs": problem.num_pairs,
-                "EXPERTS": problem.num_experts,
                 "TOP_K": problem.top_k,
-                "BLOCK_M": block_m,
                 "SPLITS": splits,
                 "UNROLL": tile.unroll,
                 **problem.activation.constants,
-                **sorting,
+                **self._placing,
                 **tile.launch_options,
                 **self._geometry,
                 **self._options,
@@ -241,7 +282,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class PairPlan(_Plan):
-    """Each pair is a block: three launches."""
+    """Down takes tokens, and gate and up pairs alone or in blocks: three launches."""
 
     tiles: PairTiles
     quant_groups = 8  # Fewer programs would leave most of the GPU idle.
@@ -249,20 +290,11 @@ class PairPlan(_Plan):
     @property
     def variant(self) -> Hashable:
         """Plans of one geometry that are alike in this launch the same binaries."""
-        return self.tiles
+        return self.tiles, self.searched
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        pairs = self.problem.num_pairs
-        uncounted = dict.fromkeys(("EXPERTS", "BINS", "CHUNK"), 0)
-        unsorted = {f"{name}_ptr": None for name in PLACES}
-        return [
-            self._prepare(chunks=0, counts_ptr=None, placed_ptr=None, **uncounted),
-            self._gate_up(
-                pairs, LEAST_ROWS, splits=self.splits, SORTED=False, **unsorted
-            ),
-            self._down_and_sum(),
-        ]
+        return [self._prepare(), self._gate_up(self.splits), self._down_and_sum()]
 
     @property
     def splits(self) -> int:
@@ -299,33 +331,27 @@ class PairPlan(_Plan):
 
 @dataclass(frozen=True)
 class SortedPlan(_Plan):
-    """Pairs are sorted by expert into blocks of ``block_m``: five launches."""
+    """Pairs come in blocks of one expert: five launches, or four without sorting."""
 
     tiles: SortedTiles
     quant_groups = 32
 
     def buffers(self) -> Buffers:
-        problem, blocks = self.problem, self.blocks
+        problem = self.problem
+        y = (problem.num_pairs, problem.hidden), problem.dtype
+        sorting = self._sorting if self.placed == "sorted" else {}
+        return {**super().buffers(), **sorting, "y": y}
+
+    @property
+    def _sorting(self) -> Buffers:
+        blocks = self.blocks
         return {
-            **super().buffers(),
             "counts": ((self.chunks, self.bins), torch.int32),
             "placed": ((self.bins,), torch.int32),
             "sorted_pairs": ((blocks * self.tiles.block_m,), torch.int32),
             "block_experts": ((blocks,), torch.int32),
             "num_blocks": ((1,), torch.int32),
-            "y": ((problem.num_pairs, problem.hidden), problem.dtype),
         }
-
-    @property
-    def blocks(self) -> int:
-        """Most blocks of pairs: each expert may leave one unfilled."""
-        pairs = self.problem.num_pairs
-        unfilled = min(self.problem.num_experts, pairs)
-        return min(pairs, pairs // self.tiles.block_m + unfilled)
-
-    @property
-    def bins(self) -> int:
-        return max(32, triton.next_power_of_2(self.problem.num_experts))
 
     @property
     def chunk(self) -> int:
@@ -341,6 +367,8 @@ class SortedPlan(_Plan):
     @property
     def variant(self) -> Hashable:
         """As of ``PairPlan``."""
+        if self.placed == "found":
+            return self.tiles, self.searched
         return self.tiles, self.chunk, self._chunks_bound
 
     @property
@@ -359,14 +387,14 @@ class SortedPlan(_Plan):
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        counting = {"counts": ("counts", "placed"), **self._counting}
-        return [
-            self._prepare(self.chunks, **counting),
-            self._sort(),
-            self._gate_up(self.blocks, self.tiles.block_m, PLACES, SORTED=True),
-            self._down(),
-            self._sum(),
-        ]
+        before = [self._prepare()]
+        if self.placed == "sorted":
+            counts = "counts", "placed"
+            before = [
+                self._prepare(self.chunks, counts, **self._counting),
+                self._sort(),
+            ]
+        return [*before, self._gate_up(), self._down(), self._sum()]
 
     def _sort(self) -> Launch:
         problem = self.problem
@@ -391,12 +419,12 @@ class SortedPlan(_Plan):
         return Launch(
             down_kernel,
             self.blocks * tiles.down_splits,
-            ("h", "w2", "w2_scale", "y", "topk_weights", *PLACES),
+            ("h", "w2", "w2_scale", "y", "topk_weights", *self._places),
             {
                 "num_pairs": self.problem.num_pairs,
-                "BLOCK_M": tiles.block_m,
                 "SPLITS": tiles.down_splits,
                 "MUL_WEIGHT": self.problem.mul_weight,
+                **self._placing,
                 **tiles.down.launch_options,
                 **self._geometry,
                 **self._options,

@@ -9,6 +9,7 @@ by expert, pairs come in blocks of ``BLOCK_M``, each of one expert.
 from vllm.triton_utils import tl, triton
 
 from . import fp8_quant
+from .dependent_launch import let_next_start, wait_for_previous
 from .fp8_quant import constant, quantize_rows
 
 BLOCK = constant(fp8_quant.BLOCK)
@@ -34,8 +35,8 @@ def _count(
     """Count each expert's pairs in one chunk; none has a place yet."""
     pair = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1).to(tl.int32)
-    known = (ids >= 0) & (ids < EXPERTS)
-    counts = tl.histogram(tl.where(known, ids, 0), BINS, mask=known)
+    expert = expert_of(ids, EXPERTS)
+    counts = tl.histogram(tl.maximum(expert, 0), BINS, mask=expert >= 0)
     bins = tl.arange(0, BINS)
     tl.store(counts_ptr + chunk * BINS + bins, counts)
     if chunk == 0:
@@ -80,9 +81,8 @@ def prepare_kernel(
     (K // 128 // GROUPS)`` programs of ``GROUPS`` activation groups each. A ``CHUNK``
     of 0 counts nothing.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous(USE_PDL)
+    let_next_start(USE_PDL)
     pid = tl.program_id(0)
     if CHUNK == 0:
         _quantize(pid, x_ptr, x_codes_ptr, x_scale_ptr, K, GROUPS)
@@ -118,9 +118,8 @@ def sort_kernel(
     its pairs, in any order among those of their expert, and fills one expert's last
     block up with ``num_pairs``. ``CHUNKS`` is ``chunks`` rounded up to a power of two.
     """
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_previous(USE_PDL)
+    let_next_start(USE_PDL)
     pid = tl.program_id(0)
     bins = tl.arange(0, BINS)
     all_chunks = tl.arange(0, CHUNKS)
@@ -155,6 +154,33 @@ def sort_kernel(
 
 
 @triton.jit
+def _find_block(
+    pid_m,
+    topk_ids_ptr,
+    num_pairs,
+    BLOCK_M: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Pairs and expert of a block, where ``sort_kernel`` would place them."""
+    pair = tl.arange(0, PAIRS)
+    routed = tl.load(topk_ids_ptr + pair, mask=pair < num_pairs, other=-1)
+    expert = expert_of(routed.to(tl.int32), EXPERTS)
+    counts = tl.histogram(tl.maximum(expert, 0), BINS, mask=expert >= 0)
+    ends = tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M)
+    # So many experts have all their blocks before this one.
+    mine = tl.sum((ends <= pid_m).to(tl.int32))
+    first = tl.max(tl.where(ends <= pid_m, ends, 0))
+    is_mine = expert == mine
+    place = tl.cumsum(is_mine.to(tl.int32)) - 1 - (pid_m - first) * BLOCK_M
+    row = tl.arange(0, BLOCK_M)
+    chosen = is_mine[:, None] & (place[:, None] == row[None, :])
+    pairs = tl.min(tl.where(chosen, pair[:, None], num_pairs), 0)
+    return pairs, tl.where(mine < EXPERTS, mine, -1)
+
+
+@triton.jit
 def block_of_pairs(
     pid_m,
     sorted_pairs_ptr,
@@ -163,22 +189,30 @@ def block_of_pairs(
     topk_ids_ptr,
     num_pairs,
     BLOCK_M: tl.constexpr,
-    SORTED: tl.constexpr,
+    PLACED: tl.constexpr,
     EXPERTS: tl.constexpr,
+    BINS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Pairs of a block and their expert, -1 if there is nothing to do.
 
-    Unsorted, a block is one pair: then nothing has to be sorted, and an expert's
-    weights are read once for each of its pairs (mostly from L2).
+    ``PLACED`` is ``sorted``, by ``sort_kernel``; ``found``, by each program among up to
+    ``PAIRS``; or ``alone``: a block is one pair, and an expert's weights are read once
+    for each of its pairs (mostly from L2).
     """
     row = tl.arange(0, BLOCK_M)
-    if SORTED:
+    if PLACED == "sorted":
         num_blocks = tl.load(num_blocks_ptr)
         place = pid_m * BLOCK_M + row
         pair = tl.load(
             sorted_pairs_ptr + place, mask=place < num_blocks * BLOCK_M, other=num_pairs
         )
         expert = tl.where(pid_m < num_blocks, tl.load(block_experts_ptr + pid_m), -1)
+    elif PLACED == "found":
+        pair, expert = _find_block(
+            *(pid_m, topk_ids_ptr, num_pairs),
+            *(BLOCK_M, EXPERTS, BINS, PAIRS),
+        )
     else:
         pair = tl.where(row == 0, pid_m, num_pairs)
         routed = tl.load(topk_ids_ptr + pid_m).to(tl.int32)

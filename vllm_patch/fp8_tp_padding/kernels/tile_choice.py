@@ -5,14 +5,32 @@
 The rule tells Hopper from all other GPUs.
 """
 
+import math
 from dataclasses import replace
 
 from vllm.platforms import current_platform
 
 from ..slices.shard import BlockShard
-from .tiles import PairTiles, SortedTiles, Tile, Tiles
+from .tiles import MOST_FOUND, PairTiles, SortedTiles, Tile, Tiles
 from .tuned_tiles import tuned_tiles
 
+# Tiles by pairs of an expert, below which they are taken. Stages are fewer off Hopper:
+# sm_89 and sm_120 have 99 KiB of shared memory.
+_HOPPER: tuple[tuple[float, Tiles], ...] = (
+    (0.25, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), 2, pdl=True)),
+    (1, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), pdl=True)),
+    (2, PairTiles(Tile(64, 4, 4, True), Tile(128, 4, 4, True), 1, 16, pdl=True)),
+    (8, SortedTiles(16, Tile(64, 4, 2, True, 2), Tile(128, 4, 3, True), 2, pdl=True)),
+    (32, SortedTiles(32, Tile(64, 4, 3, True), Tile(64, 4, 3, True), 4)),
+    (512, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2)),
+    (math.inf, SortedTiles(64, Tile(64, 4, 3), Tile(64, 4, 3, True))),
+)
+_OTHERS: tuple[tuple[float, Tiles], ...] = (
+    (1, PairTiles(Tile(32, 4, 3), Tile(32, 4, 3))),
+    (8, SortedTiles(16, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
+    (32, SortedTiles(32, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
+    (math.inf, SortedTiles(64, Tile(64, 4, 2), Tile(64, 4, 3), 2)),
+)
 # Tokens beyond which nothing is split along K: ``workspace_bytes`` looks no further.
 MOST_SPLIT = 256
 
@@ -39,37 +57,16 @@ def tiles_for(
         tiles = rule(num_tokens * top_k / num_experts, hopper)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
         tiles = replace(tiles, gate_up_splits=1)
+    if isinstance(tiles, PairTiles) and num_tokens * top_k > MOST_FOUND:
+        tiles = replace(tiles, gate_up_block_m=0)
     return tiles.fit(hidden)
 
 
 def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
     """Return tiles by how many pairs an expert gets.
 
-    Below one, experts are read about once without sorting. Further up a block
+    Below one, experts are read about once without blocks of pairs. Further up a block
     should hold an expert's pairs, so that its weights are read once.
     """
-    if pairs_per_expert < 0.125 and not hopper:
-        return PairTiles(Tile(32, 4, 3), _narrow(hopper, 5))
-    if pairs_per_expert < 0.5 and hopper:
-        splits = 4 if pairs_per_expert < 0.125 else 2
-        gate_up = Tile(32, 4, 4, swap=True)
-        return PairTiles(gate_up, _narrow(hopper, 8), splits, pdl=True)
-    if pairs_per_expert < 1:
-        return PairTiles(_narrow(hopper, 4), _narrow(hopper, 4))
-    if pairs_per_expert < 8:
-        return SortedTiles(16, _narrow(hopper, 4), _narrow(hopper, 3), 4)
-    if pairs_per_expert < 32:
-        return SortedTiles(32, _narrow(hopper, 3), _narrow(hopper, 3), 4)
-    if pairs_per_expert < 512 or not hopper:
-        return SortedTiles(64, Tile(64, 4, 4 if hopper else 2), Tile(64, 4, 3), 2)
-    return SortedTiles(64, Tile(64, 4, 3), Tile(64, 4, 3, swap=True))
-
-
-def _narrow(hopper: bool, num_stages: int) -> Tile:
-    """For blocks of few pairs.
-
-    Stages are fewer off Hopper: sm_89 and sm_120 have 99 KiB of shared memory.
-    """
-    if hopper:
-        return Tile(64, 4, num_stages, swap=True)
-    return Tile(32, 4, min(num_stages, 3))
+    table = _HOPPER if hopper else _OTHERS
+    return next(tiles for below, tiles in table if pairs_per_expert < below)

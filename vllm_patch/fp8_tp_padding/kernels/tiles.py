@@ -11,6 +11,9 @@ from .fp8_quant import BLOCK
 
 # Beyond, shared memory holds no tile.
 MOST_STAGES = 16
+# Pairs up to which each program finds those of its block by itself: sorting them
+# beforehand is a launch more, and looking among more takes longer than that.
+MOST_FOUND = 512
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class PairTiles:
-    """For few tokens: each pair is a block, and down sums a token's experts.
+    """For few tokens: down sums a token's experts.
 
     Attributes:
         block_m: 0, as pairs are not sorted into blocks.
         gate_up: Tile of gate and up.
         down: Tile of down.
         gate_up_splits: Programs that share a tile of gate and up along ``hidden``.
+        gate_up_block_m: Pairs of a block of gate and up, all of one expert; 0: each
+            pair is a block.
         pdl: Let each kernel start while the one before it ends (Hopper). Pays
             while a kernel does not fill the GPU.
 
@@ -81,10 +86,13 @@ class PairTiles:
     gate_up: Tile
     down: Tile
     gate_up_splits: int = 1
+    gate_up_block_m: int = 0
     pdl: bool = False
 
     def __post_init__(self):
         check_positive("gate_up_splits", self.gate_up_splits)
+        if self.gate_up_block_m != 0:
+            check_power_of_two("gate_up_block_m", self.gate_up_block_m, least=16)
         check_bool("pdl", self.pdl)
 
     def fit(self, hidden: int) -> "PairTiles":
@@ -96,7 +104,7 @@ class PairTiles:
 
 @dataclass(frozen=True)
 class SortedTiles:
-    """For many tokens: pairs are sorted by expert into blocks.
+    """For many tokens: pairs come in blocks of one expert, in down too.
 
     Attributes:
         block_m: Pairs of a block.
@@ -117,6 +125,11 @@ class SortedTiles:
         check_power_of_two("block_m", self.block_m, least=16)
         check_positive("down_splits", self.down_splits)
         check_bool("pdl", self.pdl)
+
+    @property
+    def gate_up_block_m(self) -> int:
+        """As of ``PairTiles``."""
+        return self.block_m
 
     def fit(self, hidden: int) -> "SortedTiles":
         """Make the splits along ``hidden`` even."""
