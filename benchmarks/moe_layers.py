@@ -239,6 +239,9 @@ def implementations(case: Case) -> dict[str, Implementation | None]:
         "refined": Implementation(total, tp, rank, moe_backend="auto", padding="off"),
         "half_tp": half if half.is_stock else None,
         "ep": Implementation(total, tp, rank=0, expert_parallel=True),
+        "deep_gemm": Implementation(
+            case.shard.span * tp, tp, rank, moe_backend="deep_gemm"
+        ),
     }
 
 
