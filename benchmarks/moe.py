@@ -473,7 +473,7 @@ def _print_row(label: str, row: dict[str, float]) -> None:
 
 def _print_cells(label: str, cells: list[str]) -> None:
     columns = 1 + len(COLUMNS)
-    widths = [9] * columns + [13] * (len(cells) - columns)
+    widths = [10] * columns + [13] * (len(cells) - columns)
     row = "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
     print(f"  {label:>8}{row}", flush=True)
 
