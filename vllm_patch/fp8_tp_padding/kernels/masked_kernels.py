@@ -382,8 +382,8 @@ def down_kernel(
         PAIRS,
     )
     if expert < 0:
+        # Else, where all programs end here, what follows could overtake gate and up.
         wait_for_previous(USE_PDL)
-        let_next_start(USE_PDL)
         return
 
     is_pair = pair < num_pairs
@@ -400,6 +400,7 @@ def down_kernel(
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
     for start in tl.range(0, K // SPLITS, BLOCK_N, num_stages=NUM_STAGES):
+        # The first loads of weights are on their way by now.
         if USE_PDL and start == 0:
             wait_for_previous(USE_PDL)
             let_next_start(USE_PDL)
