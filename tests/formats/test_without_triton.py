@@ -10,6 +10,8 @@ from vllm.triton_utils import HAS_TRITON
 assert not HAS_TRITON
 from vllm_patch.formats import compressed_tensors, fp8
 from vllm_patch.fp8_tp_padding.kernels import columns, input_quant, masked_experts
+from vllm_patch.fp8_tp_padding.kernels.warp_specialization import hopper_gate_up
+assert hopper_gate_up() is None
 """
 
 

@@ -233,7 +233,7 @@ def test_tritons_binaries_are_launched_as_we_do():
     launch = launches.Launch(
         SimpleNamespace(arg_names=["N", "x_ptr"]), 5, ["x"], {"N": 3}
     )
-    launch.bound(binary, ["y", "x"])([100, 200], stream=7)
+    launch.bound(binary, dict.fromkeys(["y", "x"]))([100, 200], stream=7)
     ((*grid_and_stream, function, _, _, _, _, n, address),) = ran
     assert grid_and_stream == [5, 1, 1, 7]
     assert (function, n, address) == (11, 3, 200)

@@ -58,9 +58,21 @@ def test_entries_come_in_order(read):
 def test_blocks_do_not_shrink(read, block_m):
     """Whatever the order of the entries, and as numbers: 16 is more than 8."""
     more = {**SORTED, "block_m": block_m} if block_m else PAIRS
-    message = rf"blocks of 64 for 8 tokens and of {block_m} for 16 \(0: not sorted\)\."
+    message = (
+        rf"blocks of 64 for 8 tokens and of {block_m} for 16 \(0: not sorted; twice "
+    )
     with pytest.raises(ValueError, match=message):
         read({"16": more, "8": {**SORTED, "block_m": 64}, "4": PAIRS})
+
+
+def test_groups_of_blocks_do_not_shrink(read):
+    """Warps that specialize take two blocks, which needs more of the workspace."""
+    plain = {**SORTED, "block_m": 64}
+    specialized = {**plain, "specialized": True}
+    tuned = read({"8": plain, "16": specialized})
+    assert [tiles.specialized for tiles in tuned.values()] == [False, True]
+    with pytest.raises(ValueError, match="blocks of 128 for 8 tokens and of 64 for 16"):
+        read({"8": specialized, "16": plain})
 
 
 @pytest.mark.parametrize("config", [{}, {"triton_version": "3.6.0"}, [], 3])
@@ -83,6 +95,9 @@ def test_files_without_entries(read, config):
         ({"8": {**PAIRS, "down_splits": 2}}, "down_splits"),
         ({"8": {**PAIRS, "gate_up_block_m": 8}}, "gate_up_block_m = 8"),
         ({"8": {**PAIRS, "pdl": "no"}}, "pdl = 'no'"),
+        ({"8": {**PAIRS, "specialized": True}}, "specialized"),
+        ({"8": {**SORTED, "specialized": True}}, "blocks of 64 pairs"),
+        ({"8": {**SORTED, "specialized": "no"}}, "specialized = 'no'"),
         ({"8": {**PAIRS, "down": {**TILE, "swap": 1}}}, "swap = 1"),
         ({"-1": PAIRS}, "tokens = -1"),
         ({"8": {**PAIRS, "block_k": 64}}, "block_k"),

@@ -21,13 +21,15 @@ class Recorded:
 
     Args:
         name: Of the kernel.
-        kernel: What ``triton.jit`` makes for its interpreter.
+        kernel: What ``triton.jit`` makes for its interpreter, or ``gluon.jit``.
         keys: Where keys go.
 
     """
 
     def __init__(self, name: str, kernel, keys: set[Hashable]):
-        compiled = JITFunction(kernel.fn, **kernel.kwargs)
+        compiled = kernel
+        if isinstance(kernel, InterpretedFunction):
+            compiled = JITFunction(kernel.fn, **kernel.kwargs)
         self.name, self.keys = name, keys
         self.bind = create_function_from_signature(
             compiled.signature, compiled.params, make_backend(HOPPER)
@@ -42,10 +44,12 @@ class Recorded:
         self.keys.add(key)
 
 
-def record(monkeypatch, module: ModuleType) -> set[Hashable]:
-    """Return the keys of all that ``module`` launches from here on."""
+def record(monkeypatch, *modules: ModuleType) -> set[Hashable]:
+    """Return the keys of all kernels of modules that are launched from here on."""
     keys: set[Hashable] = set()
-    for name, kernel in vars(module).copy().items():
-        if isinstance(kernel, InterpretedFunction) and name.endswith("_kernel"):
-            monkeypatch.setattr(module, name, Recorded(name, kernel, keys))
+    for module in modules:
+        for name, kernel in vars(module).copy().items():
+            is_kernel = isinstance(kernel, (InterpretedFunction, JITFunction))
+            if is_kernel and name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorded(name, kernel, keys))
     return keys

@@ -99,12 +99,14 @@ COMMITS = (
         name="masked",
         sources=(
             "kernels/masked_*.py",
+            "kernels/hopper_gate_up.py",
             "kernels/pair_kernels.py",
             "kernels/launches.py",
             "kernels/workspace.py",
             "kernels/tiles.py",
             "kernels/tuned_tiles.py",
             "kernels/tile_choice.py",
+            "kernels/warp_specialization.py",
             "kernels/configs/*.json",
         ),
         tests=(
@@ -113,6 +115,7 @@ COMMITS = (
             "test_masked_moe.py",
             "test_masked_warmup.py",
             "test_tiles.py",
+            "test_warp_specialization.py",
         ),
     ),
 )

@@ -67,7 +67,7 @@ def gpu(monkeypatch):
 
     from vllm_patch.cli.tune import ahead, candidates, command, graph_timing
 
-    hopper = candidates.Gpu(132, 232448, True)
+    hopper = candidates.Gpu(132, 232448, True, True)
     found = SimpleNamespace(clock=lambda tiles: 100.0)
 
     def capture(calls):

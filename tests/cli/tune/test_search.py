@@ -12,10 +12,11 @@ from vllm_patch.cli.tune.search import Option
 from vllm_patch.fp8_tp_padding.kernels.masked_moe import Problem
 from vllm_patch.fp8_tp_padding.kernels.tiles import PairTiles, SortedTiles
 
-HOPPER = candidates.Gpu(132, 232448, True)
+HOPPER = candidates.Gpu(132, 232448, True, True)
 ANY = candidates.ANY
 QWEN = Case(128, 8, 4096, 1536, 8)
-ADA = replace(HOPPER, shared_memory=101376, launches_dependently=False)
+OTHER = replace(HOPPER, launches_dependently=False, is_hopper=False)
+ADA = replace(OTHER, shared_memory=101376)
 
 
 def option(block_m: int, cost: float) -> Option:
@@ -52,7 +53,7 @@ def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
     case = QWEN
     sizes = tokens, case.top_k, case.hidden, case.experts, case.shard, torch.bfloat16
     problem = Problem(*sizes)
-    tiles = tiles or candidates.starts(problem, gpu.launches_dependently)[0]
+    tiles = tiles or candidates.starts(problem, gpu)[0]
     return candidates.Path(problem, gpu, min(128, 8 * tokens), tiles, time)
 
 
@@ -69,10 +70,10 @@ def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
 def test_paths_by_pairs_of_an_expert(tokens, kinds):
     """Blocks of down, and of gate and up, which few tokens may have alone."""
     problem = path(tokens).problem
-    found = candidates.starts(problem, dependent=True)
+    found = candidates.starts(problem, HOPPER)
     assert [(tiles.block_m, tiles.gate_up_block_m) for tiles in found] == kinds
     assert all(tiles.pdl == (tiles.block_m < 64) for tiles in found)
-    assert not any(tiles.pdl for tiles in candidates.starts(problem, dependent=False))
+    assert not any(tiles.pdl for tiles in candidates.starts(problem, OTHER))
 
 
 def test_unsorted_pairs_that_fill_the_gpu_are_operands_of_wgmma():
@@ -114,3 +115,59 @@ def test_dependent_launch_where_it_shows():
     assert candidates.dependent_launch(path(1, PairTiles(ANY, ANY)))[0].pdl
     assert not candidates.dependent_launch(path(1, gpu=ADA))
     assert not candidates.dependent_launch(path(4096, time=400.0))
+
+
+@pytest.fixture
+def specializes(monkeypatch):
+    """As where Triton compiles the kernel, and the problem fits it."""
+    monkeypatch.setattr(candidates, "can_specialize", lambda problem: True)
+
+
+@pytest.mark.parametrize(("tokens", "tried"), [(511, False), (512, True), (9999, True)])
+def test_where_warps_that_specialize_are_tried(specializes, monkeypatch, tokens, tried):
+    """From 32 pairs of an expert on, on Hopper."""
+    problem = path(tokens).problem
+
+    def found(gpu):
+        return [t for t in candidates.starts(problem, gpu) if t.group_m > t.block_m]
+
+    assert [tiles.specialized for tiles in found(HOPPER)] == tried * [True]
+    assert not found(OTHER)
+    monkeypatch.setattr(candidates, "can_specialize", lambda problem: False)
+    assert not found(HOPPER)
+
+
+def test_both_ways_of_blocks_of_64_are_paths(specializes):
+    starts = candidates.starts(path(4096).problem, HOPPER)
+    assert [(each.group_m, each.gate_up_block_m) for each in starts] == [
+        (64, 64),
+        (128, 64),
+    ]
+
+
+def test_what_is_left_to_choose_of_warps_that_specialize(specializes):
+    tiles = candidates.starts(path(4096).problem, HOPPER)[-1]
+    known = path(4096, tiles)
+    assert candidates.gate_up(known) == candidates.dependent_launch(known) == []
+    assert {each.specialized for each in candidates.down(known)} == {True}
+
+
+def test_warps_that_specialize_add_as_others_do():
+    """Down's tiles and splits apart: both are compared bit for bit."""
+    plain = SortedTiles(64, replace(ANY, num_stages=4), ANY, 2)
+    for gate_up in ANY, replace(ANY, swap=True):
+        specialized = SortedTiles(64, gate_up, ANY, 1, specialized=True)
+        order = candidates.order_of_sums(specialized)
+        assert order == candidates.order_of_sums(plain)
+    swapped = replace(plain, down=replace(ANY, swap=True))
+    assert order != candidates.order_of_sums(swapped)
+
+
+def test_groups_of_blocks_do_not_get_smaller():
+    groups = [option(64, 5.0)], [option(64, 5.0)]
+    groups[0][0] = replace(
+        groups[0][0], tiles=replace(groups[0][0].tiles, specialized=True)
+    )
+    with pytest.raises(UsageError, match="get smaller"):
+        search.in_order([*groups])
+    search.in_order([*reversed(groups)])

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
-from vllm_patch.fp8_tp_padding.kernels import masked_moe
+from vllm_patch.fp8_tp_padding.kernels import masked_moe, warp_specialization
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import FP8
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles
 
@@ -41,9 +41,11 @@ class Compilers:
     def __init__(self, arch: int):
         # In Triton 3.7 a kernel's key depends on whose keys were asked for before, and
         # what is forked from here knows all.
-        for value in vars(masked_moe).values():
-            if isinstance(value, triton.JITFunction):
-                _ = value.cache_key
+        gluon = warp_specialization.hopper_gate_up()
+        for module in filter(None, (masked_moe, gluon)):
+            for value in vars(module).values():
+                if isinstance(value, triton.JITFunction):
+                    _ = value.cache_key
         self._processes = futures.ProcessPoolExecutor(
             min(MOST_PROCESSES, len(os.sched_getaffinity(0))),
             multiprocessing.get_context("fork"),
@@ -99,15 +101,12 @@ def kernels(problem: masked_moe.Problem, tiles: Tiles) -> list[Callable[[], Any]
     dtypes |= dict.fromkeys(("w13", "w2"), FP8)
     dtypes |= dict.fromkeys(("w13_scale", "w2_scale", "topk_weights"), torch.float32)
     dtypes["topk_ids"] = torch.int32
+    tensors = {n: torch.empty(1, dtype=t, device="meta") for n, t in dtypes.items()}
     return [
         partial(
             launch.kernel.warmup,
             grid=(launch.programs,),
-            **{
-                f"{name}_ptr": torch.empty(1, dtype=dtypes[name], device="meta")
-                for name in launch.tensors
-            },
-            **launch.arguments,
+            **launch.with_tensors(tensors),
         )
         for launch in plan.launches()
     ]

@@ -11,19 +11,27 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import BLOCK
-from vllm_patch.fp8_tp_padding.kernels.masked_moe import LEAST_ROWS, Problem
+from vllm_patch.fp8_tp_padding.kernels.masked_moe import (
+    LEAST_ROWS,
+    Problem,
+    can_specialize,
+)
 from vllm_patch.fp8_tp_padding.kernels.tiles import (
     MOST_FOUND,
+    SPECIALIZED_M,
     PairTiles,
     SortedTiles,
     Tile,
     Tiles,
 )
+from vllm_patch.fp8_tp_padding.kernels.warp_specialization import TILE
 
 ANY = Tile(64, 4, 3)
 # Pairs of an expert for which a block of so many rows is tried: with fewer most of it
 # is padding, with more each expert's weights are read several times.
 PAIRS = {16: (0.25, 16), 32: (6, 40), 64: (20, float("inf"))}
+# From so many on, warps that specialize are tried: they multiply twice as many.
+LEAST_SPECIALIZED = 32
 # Above, what takes pairs or tokens alone reads each expert that often.
 MOST_UNSORTED = 4
 # Programs for each multiprocessor, beyond which down gains nothing by more, of gate and
@@ -43,12 +51,14 @@ class Gpu:
         multiprocessors: How many there are.
         shared_memory: Bytes that a program may have.
         launches_dependently: Whether a kernel may start while one before it ends.
+        is_hopper: Whether its warps may specialize.
 
     """
 
     multiprocessors: int
     shared_memory: int
     launches_dependently: bool
+    is_hopper: bool
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Path:
     time: float = float("inf")
 
 
-def starts(problem: Problem, dependent: bool) -> list[Tiles]:
+def starts(problem: Problem, gpu: Gpu) -> list[Tiles]:
     """Return paths, with any tiles, that can be best for so many pairs."""
     each = problem.num_pairs / problem.num_experts
     found: list[Tiles] = [PairTiles(ANY, ANY)] if each <= MOST_UNSORTED else []
@@ -81,10 +91,18 @@ def starts(problem: Problem, dependent: bool) -> list[Tiles]:
             if each <= MOST_UNSORTED and problem.num_pairs <= MOST_FOUND:
                 found.append(PairTiles(ANY, ANY, gate_up_block_m=block_m))
     # Where launches show, weights that are loaded early decide which tiles are best.
-    return [replace(tiles, pdl=dependent and tiles.block_m < 64) for tiles in found]
+    dependent = gpu.launches_dependently
+    found = [replace(tiles, pdl=dependent and tiles.block_m < 64) for tiles in found]
+    if gpu.is_hopper and each >= LEAST_SPECIALIZED and can_specialize(problem):
+        # The rest of gate_up's tile is for where they do not run.
+        tiles = SortedTiles(SPECIALIZED_M, Tile(64, 4, 4), ANY, 2, specialized=True)
+        found.append(tiles)
+    return found
 
 
 def gate_up(path: Path) -> list[Tiles]:
+    if isinstance(path.tiles, SortedTiles) and path.tiles.specialized:
+        return []
     block_m = path.tiles.gate_up_block_m or LEAST_ROWS
     return [
         replace(path.tiles, gate_up=tile, **splits).fit(path.problem.hidden)
@@ -154,6 +172,8 @@ def dependent_launch(path: Path) -> list[Tiles]:
     shows = path.time * SHOWS <= LAUNCHES * LAUNCH_US
     if not path.gpu.launches_dependently or not shows:
         return []
+    if isinstance(path.tiles, SortedTiles) and path.tiles.specialized:
+        return []
     return [replace(path.tiles, pdl=not path.tiles.pdl)]
 
 
@@ -169,8 +189,8 @@ STEPS: dict[str, Callable[[Path], list[Tiles]]] = {
 def order_of_sums(tiles: Tiles) -> Tiles:
     """Return what is equal for tiles that add in the same order.
 
-    Loads in flight, programs that share columns, other pairs of a block, and when a
-    kernel starts change none.
+    Loads in flight, programs that share columns, other pairs of a block, who loads and
+    who multiplies, and when a kernel starts change none.
     """
     changes: dict[str, object] = {
         "gate_up": replace(tiles.gate_up, num_stages=1),
@@ -179,6 +199,9 @@ def order_of_sums(tiles: Tiles) -> Tiles:
     }
     if isinstance(tiles, SortedTiles):
         changes["down_splits"] = 1
+        changes["specialized"] = False
+        if tiles.specialized:
+            changes["gate_up"] = replace(TILE, num_stages=1)
     else:
         changes["gate_up_block_m"] = 0
     return replace(tiles, **changes)

@@ -170,6 +170,7 @@ def _device() -> "tuple[torch.device, Gpu]":
     """Return the GPU, and what is known of it."""
     import torch
 
+    from vllm.platforms import current_platform
     from vllm_patch.cli.tune.candidates import Gpu
     from vllm_patch.fp8_tp_padding.kernels.dependent_launch import launches_dependently
 
@@ -179,6 +180,7 @@ def _device() -> "tuple[torch.device, Gpu]":
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
         launches_dependently(),
+        current_platform.is_device_capability(90),
     )
 
 
@@ -213,6 +215,7 @@ def _table(chosen: "dict[int, Option]") -> str:
             block_m = option.tiles.gate_up_block_m
             said = f"blocks of {block_m}" if block_m else "each alone"
             said += " in gate and up" if block_m != option.tiles.block_m else ""
+            said += ", warps specialize" if option.tiles.group_m > block_m else ""
             gain = f"{option.before / option.after:.2f}x"
         times = f"{option.before:7.1f} us {option.after:7.1f} us"
         lines.append(f"{tokens:6} {times} {gain:>7}  {said}")

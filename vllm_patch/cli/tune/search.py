@@ -73,9 +73,8 @@ def _descend(batches: Iterable[Batch], compilers: Compilers) -> dict[int, list[T
     """Return the best tiles of each path, by number of tokens."""
     paths: list[tuple[Batch, Path]] = []
     for batch in batches:
-        dependent = batch.layer.gpu.launches_dependently
-        starts = [*candidates.starts(batch.problem, dependent), batch.present]
-        of_each = {(tiles.block_m, tiles.gate_up_block_m): tiles for tiles in starts}
+        starts = [*candidates.starts(batch.problem, batch.layer.gpu), batch.present]
+        of_each = {(tiles.group_m, tiles.gate_up_block_m): tiles for tiles in starts}
         paths += [(batch, batch.path(tiles)) for tiles in of_each.values()]
     for number, (name, choices) in enumerate(candidates.STEPS.items(), 1):
         tried = [[path.tiles, *choices(path)] for _, path in paths]
@@ -154,14 +153,14 @@ def in_order(options: Sequence[Sequence[Option]]) -> list[Option]:
     for several in options:
         following: dict[int, tuple[float, list[Option]]] = {}
         for option in several:
-            block_m = option.tiles.block_m
-            before = [each for least, each in best.items() if least <= block_m]
+            group_m = option.tiles.group_m
+            before = [each for least, each in best.items() if least <= group_m]
             if not before:
                 continue
             cost, chosen = min(before, key=lambda each: each[0])
             cost += math.log(option.cost)
-            if block_m not in following or cost < following[block_m][0]:
-                following[block_m] = cost, [*chosen, option]
+            if group_m not in following or cost < following[group_m][0]:
+                following[group_m] = cost, [*chosen, option]
         best = following
     if not best:
         raise UsageError(

@@ -85,12 +85,12 @@ def activated(
     if ACTIVATION == "gelu_tanh":
         # (1 + tanh(z)) / 2 is sigmoid(2 * z), which does not cancel.
         z = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        return gate * tl.sigmoid(2 * z) * up
+        return gate * (1 / (1 + tl.exp(-2 * z))) * up
     elif ACTIVATION == "relu2":
         relu = tl.maximum(gate, 0.0)
         return relu * relu
     elif ACTIVATION == "swiglustep":
-        silu = gate * tl.sigmoid(gate)
+        silu = gate * (1 / (1 + tl.exp(-gate)))
         return tl.minimum(silu, LIMIT) * tl.clamp(up, -LIMIT, LIMIT)
     else:
         if LIMIT is not None:
@@ -98,4 +98,4 @@ def activated(
             up = tl.clamp(up, -LIMIT, LIMIT)
         if BETA != 0:
             up += BETA
-        return gate * tl.sigmoid(ALPHA * gate) * up
+        return gate * (1 / (1 + tl.exp(-ALPHA * gate))) * up

@@ -5,12 +5,13 @@
 ``PairPlan`` runs few tokens and ``SortedPlan`` many. Both quantize the input, and
 multiply by gate and up; then the first has down sum a token's experts as it goes, and
 the second, whose down takes blocks of pairs too, writes each pair's output and sums.
+The kernels are Triton's, but for one in Gluon.
 """
 
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,8 @@ from .masked_kernels import (
     sum_kernel,
 )
 from .pair_kernels import prepare_kernel, sort_kernel
-from .tiles import MOST_FOUND, PairTiles, SortedTiles, Tiles
+from .tiles import MOST_FOUND, SPECIALIZED_BLOCKS, PairTiles, SortedTiles, Tiles
+from .warp_specialization import TILE, hopper_gate_up
 from .workspace import Buffers
 
 # Output columns that one program sums.
@@ -112,8 +114,26 @@ class Routing:
 
 def plan_for(problem: Problem, tiles: Tiles) -> "PairPlan | SortedPlan":
     """Return the plan that these tiles are for."""
-    plan = SortedPlan if isinstance(tiles, SortedTiles) else PairPlan
-    return plan(problem, tiles)
+    if isinstance(tiles, PairTiles):
+        return PairPlan(problem, tiles)
+    if tiles.specialized and not can_specialize(problem):
+        tiles = replace(tiles, specialized=False)
+    return SortedPlan(problem, tiles)
+
+
+def can_specialize(problem: Problem) -> bool:
+    """Whether warps that specialize, on Hopper, multiply this by gate and up.
+
+    They take two quant blocks along K at a time, have offsets of 32 bits into the
+    input, and do not find pairs by themselves.
+    """
+    return (
+        hopper_gate_up() is not None
+        and problem.activation.shards == 2
+        and problem.hidden % (2 * BLOCK) == 0
+        and problem.num_tokens * problem.hidden <= 2**32
+        and problem.num_pairs > MOST_FOUND
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +207,8 @@ class _Plan:
         if not block_m:
             return pairs
         unfilled = min(self.problem.num_experts, pairs)
-        return min(pairs, pairs // block_m + unfilled)
+        group_m = self.tiles.group_m or block_m
+        return min(pairs, pairs // group_m + unfilled) * (group_m // block_m)
 
     @property
     def bins(self) -> int:
@@ -410,8 +431,34 @@ class SortedPlan(_Plan):
                 "BINS": self.bins,
                 "PAIRS": SORTED_PAIRS,
                 "BLOCK_M": self.tiles.block_m,
+                "GROUP_M": self.tiles.group_m,
                 **self._options,
             },
+        )
+
+    def _gate_up(self, splits: int = 1) -> Launch:
+        if not self.tiles.specialized:
+            return super()._gate_up(splits)
+        problem, gluon = self.problem, hopper_gate_up()
+        constants = dict(problem.activation.constants)
+        del constants["SHARDS"]
+        return Launch(
+            gluon.hopper_gate_up_kernel,
+            self.blocks // SPECIALIZED_BLOCKS * TILE.count(problem.shard),
+            ("x_codes", "x_scale", "w13_scale", "h", *PLACES),
+            {
+                "num_pairs": problem.num_pairs,
+                "TOP_K": problem.top_k,
+                **constants,
+                **self._geometry,
+                "num_warps": TILE.num_warps,
+            },
+            described={
+                "w13": gluon.Description(
+                    problem.num_experts, problem.shard.size, problem.hidden
+                )
+            },
+            persistent=True,
         )
 
     def _down(self) -> Launch:

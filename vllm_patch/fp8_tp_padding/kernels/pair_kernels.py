@@ -101,7 +101,7 @@ def sort_kernel(
     counts_ptr,
     placed_ptr,  # [BINS] int32, zero; each expert's pairs that have a place, out
     sorted_pairs_ptr,  # [max blocks * BLOCK_M] int32, out
-    block_experts_ptr,  # [max blocks] int32, out
+    block_experts_ptr,  # [max blocks] int32, out: -1 for a block without pairs
     num_blocks_ptr,  # [1] int32, out
     num_pairs,
     chunks,
@@ -110,13 +110,14 @@ def sort_kernel(
     BINS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Sort pairs by expert into whole blocks of ``BLOCK_M``.
+    """Sort pairs by expert into whole blocks of ``BLOCK_M``, in groups of ``GROUP_M``.
 
     Grid: the larger of ``EXPERTS`` and ``ceil(num_pairs / PAIRS)``. A program places
     its pairs, in any order among those of their expert, and fills one expert's last
-    block up with ``num_pairs``. ``CHUNKS`` is ``chunks`` rounded up to a power of two.
+    group up with ``num_pairs``. ``CHUNKS`` is ``chunks`` rounded up to a power of two.
     """
     wait_for_previous(USE_PDL)
     let_next_start(USE_PDL)
@@ -129,17 +130,18 @@ def sort_kernel(
         other=0,
     )
     totals = tl.sum(counts, 0)
-    blocks = (totals + BLOCK_M - 1) // BLOCK_M
+    blocks = (totals + GROUP_M - 1) // GROUP_M * (GROUP_M // BLOCK_M)
     firsts = tl.cumsum(blocks) - blocks
     if pid == 0:
         tl.store(num_blocks_ptr, tl.sum(blocks))
     if pid < EXPERTS:
         first = tl.sum(tl.where(bins == pid, firsts, 0))
         count = tl.sum(tl.where(bins == pid, totals, 0))
-        num_blocks = (count + BLOCK_M - 1) // BLOCK_M
-        for block in range(num_blocks):
-            tl.store(block_experts_ptr + first + block, pid)
-        tail = (num_blocks - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        num_groups = (count + GROUP_M - 1) // GROUP_M
+        for block in range(num_groups * (GROUP_M // BLOCK_M)):
+            expert_of_block = tl.where(block * BLOCK_M < count, pid, -1)
+            tl.store(block_experts_ptr + first + block, expert_of_block)
+        tail = (num_groups - 1) * GROUP_M + tl.arange(0, GROUP_M)
         unused = (tail >= count) & (tail >= 0)
         tl.store(sorted_pairs_ptr + first * BLOCK_M + tail, num_pairs, mask=unused)
 

@@ -22,8 +22,12 @@ _HOPPER: tuple[tuple[float, Tiles], ...] = (
     (2, PairTiles(Tile(64, 4, 4, True), Tile(128, 4, 4, True), 1, 16, pdl=True)),
     (8, SortedTiles(16, Tile(64, 4, 2, True, 2), Tile(128, 4, 3, True), 2, pdl=True)),
     (32, SortedTiles(32, Tile(64, 4, 3, True), Tile(64, 4, 3, True), 4)),
-    (512, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2)),
-    (math.inf, SortedTiles(64, Tile(64, 4, 3), Tile(64, 4, 3, True))),
+    (64, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2)),
+    (512, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2, specialized=True)),
+    (
+        math.inf,
+        SortedTiles(64, Tile(64, 4, 3), Tile(64, 4, 3, True), specialized=True),
+    ),
 )
 _OTHERS: tuple[tuple[float, Tiles], ...] = (
     (1, PairTiles(Tile(32, 4, 3), Tile(32, 4, 3))),
@@ -49,12 +53,14 @@ def tiles_for(
 
     """
     tuned = tuned_tiles(num_experts, shard.size)
+    hopper = current_platform.is_device_capability(90)
     if tuned:
         nearest = min(tuned, key=lambda tokens: abs(tokens - num_tokens))
         tiles = tuned[nearest]
     else:
-        hopper = current_platform.is_device_capability(90)
         tiles = rule(num_tokens * top_k / num_experts, hopper)
+    if isinstance(tiles, SortedTiles) and not hopper:
+        tiles = replace(tiles, specialized=False)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
         tiles = replace(tiles, gate_up_splits=1)
     if isinstance(tiles, PairTiles) and num_tokens * top_k > MOST_FOUND:

@@ -14,6 +14,9 @@ MOST_STAGES = 16
 # Pairs up to which each program finds those of its block by itself: sorting them
 # beforehand is a launch more, and looking among more takes longer than that.
 MOST_FOUND = 512
+# Pairs of a block for warps that specialize, as many as wgmma takes; and how many such
+# blocks they multiply by the same weights.
+SPECIALIZED_M, SPECIALIZED_BLOCKS = 64, 2
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class PairTiles:
     """
 
     block_m: ClassVar[int] = 0
+    group_m: ClassVar[int] = 0
     gate_up: Tile
     down: Tile
     gate_up_splits: int = 1
@@ -112,6 +116,8 @@ class SortedTiles:
         down: Tile of down.
         down_splits: Programs that share a block's output columns.
         pdl: As of ``PairTiles``.
+        specialized: Multiply by gate and up with warps that specialize (Hopper), two
+            blocks at a time; with ``gate_up`` where those do not run.
 
     """
 
@@ -120,16 +126,29 @@ class SortedTiles:
     down: Tile
     down_splits: int = 1
     pdl: bool = False
+    specialized: bool = False
 
     def __post_init__(self):
         check_power_of_two("block_m", self.block_m, least=16)
         check_positive("down_splits", self.down_splits)
         check_bool("pdl", self.pdl)
+        check_bool("specialized", self.specialized)
+        if self.specialized and (self.block_m != SPECIALIZED_M or self.pdl):
+            raise ValueError(
+                f"specialized = True with block_m = {self.block_m}, pdl = {self.pdl}: "
+                f"warps that specialize take blocks of {SPECIALIZED_M} pairs, and "
+                "start when the kernel before them has ended."
+            )
 
     @property
     def gate_up_block_m(self) -> int:
         """As of ``PairTiles``."""
         return self.block_m
+
+    @property
+    def group_m(self) -> int:
+        """Pairs of whole blocks that an expert's pairs are filled up to."""
+        return self.block_m * (SPECIALIZED_BLOCKS if self.specialized else 1)
 
     def fit(self, hidden: int) -> "SortedTiles":
         """Make the splits along ``hidden`` even."""

@@ -93,13 +93,13 @@ def read_config(path: Path) -> dict[int, Tiles]:
             ) from error
     tuned = dict(sorted(tuned.items()))
     for fewer, more in itertools.pairwise(tuned):
-        least, block_m = (tuned[n].block_m for n in (fewer, more))
-        if block_m < least:
+        least, group_m = (tuned[n].group_m for n in (fewer, more))
+        if group_m < least:
             raise ValueError(
                 f"{path}: pairs come in blocks of {least} for {fewer} tokens and of "
-                f"{block_m} for {more} (0: not sorted). Blocks must not shrink as "
-                "tokens grow, since the workspace is as large as the largest call "
-                "needs. Mend or delete the file."
+                f"{group_m} for {more} (0: not sorted; twice block_m: specialized). "
+                "Blocks must not shrink as tokens grow, since the workspace is as "
+                "large as the largest call needs. Mend or delete the file."
             )
     return tuned
 
