@@ -124,7 +124,7 @@ def not_warm(calls, launched, most=MOST):
 @pytest.mark.parametrize(
     ("name", "hopper", "binaries"),
     [
-        ("tuned", True, 43),
+        ("tuned", True, 42),
         ("rule", True, 33),
         ("rule", False, 25),
         ("top-10 of 512", True, 26),

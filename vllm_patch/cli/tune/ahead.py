@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
-from vllm_patch.fp8_tp_padding.kernels import masked_moe, warp_specialization
+from vllm_patch.fp8_tp_padding.kernels import masked_moe
 from vllm_patch.fp8_tp_padding.kernels.fp8_quant import FP8
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles
 
@@ -41,11 +41,9 @@ class Compilers:
     def __init__(self, arch: int):
         # In Triton 3.7 a kernel's key depends on whose keys were asked for before, and
         # what is forked from here knows all.
-        gluon = warp_specialization.hopper_gate_up()
-        for module in filter(None, (masked_moe, gluon)):
-            for value in vars(module).values():
-                if isinstance(value, triton.JITFunction):
-                    _ = value.cache_key
+        for value in vars(masked_moe).values():
+            if isinstance(value, triton.JITFunction):
+                _ = value.cache_key
         self._processes = futures.ProcessPoolExecutor(
             min(MOST_PROCESSES, len(os.sched_getaffinity(0))),
             multiprocessing.get_context("fork"),
