@@ -122,6 +122,20 @@ def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
     assert chosen[2].down_splits == 2
 
 
+def test_blocks_that_programs_do_not_find_are_sorted(read, monkeypatch):
+    """Of 512 pairs they do; beyond, what is tuned for few tokens sorts."""
+    tuned = read({"64": {**PAIRS, "gate_up_block_m": 16}, "256": PAIRS})
+    monkeypatch.setattr(tile_choice, "tuned_tiles", lambda experts, size: tuned)
+    shard = block_shard(1536, 128, 1, 8)
+    found, blocks, alone = (
+        tile_choice.tiles_for(n, 8, 1024, 256, shard) for n in (64, 65, 256)
+    )
+    assert isinstance(found, PairTiles) and found.gate_up_block_m == 16
+    assert isinstance(blocks, SortedTiles) and blocks.block_m == 16
+    assert blocks.gate_up == found.gate_up and blocks.down == found.down
+    assert isinstance(alone, PairTiles) and not alone.gate_up_block_m
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The user's folder, and one in the place of ours; of 4 experts x 192 columns."""

@@ -26,10 +26,13 @@ from .fp8_quant import BLOCK
 from .masked_activation import Activation
 from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
 from .masked_warmup import warm_up
-from .tile_choice import MOST_SPLIT, tiles_for
+from .tile_choice import tiles_for
 
 # Down holds its tiles of all blocks in shared memory.
 MAX_BLOCKS = 4
+# Tokens up to which fewer may need more memory: what is split along K, or sorted.
+# Beyond, all pairs come in blocks, and those need more with each token.
+FEW_TOKENS = 1024
 
 
 class MaskedTritonExperts(TritonExperts):
@@ -179,25 +182,16 @@ def planned(*sizes) -> PairPlan | SortedPlan:
 def workspace_bytes(num_tokens: int, *sizes) -> int:
     """Return what a call needs, and at least what those with fewer tokens do.
 
-    vLLM sizes its workspace by the largest call. Sorted pairs need more with each
-    token.
+    vLLM sizes its workspace by the largest call.
     """
-    few = min(num_tokens, MOST_SPLIT)
-    return max(
-        planned(num_tokens, *sizes).workspace_bytes, _bytes_of_pairs(few, *sizes)
-    )
+    few = min(num_tokens, FEW_TOKENS)
+    return max(planned(num_tokens, *sizes).workspace_bytes, _bytes_of_few(few, *sizes))
 
 
 @functools.lru_cache
-def _bytes_of_pairs(num_tokens: int, *sizes) -> int:
-    """Most bytes of calls of unsorted pairs, which few tokens may split along K."""
-    most = 0
-    for fewer in range(1, num_tokens + 1):
-        plan = planned(fewer, *sizes)
-        if not isinstance(plan, PairPlan):
-            break
-        most = max(most, plan.workspace_bytes)
-    return most
+def _bytes_of_few(num_tokens: int, *sizes) -> int:
+    """Most bytes of calls of so few tokens."""
+    return max(planned(n, *sizes).workspace_bytes for n in range(1, num_tokens + 1))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ _OTHERS: tuple[tuple[float, Tiles], ...] = (
     (32, SortedTiles(32, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
     (math.inf, SortedTiles(64, Tile(64, 4, 2), Tile(64, 4, 3), 2)),
 )
-# Tokens beyond which nothing is split along K: ``workspace_bytes`` looks no further.
+# Tokens beyond which nothing is split along K.
 MOST_SPLIT = 256
 
 
@@ -63,9 +63,15 @@ def tiles_for(
         tiles = replace(tiles, specialized=False)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
         tiles = replace(tiles, gate_up_splits=1)
-    if isinstance(tiles, PairTiles) and num_tokens * top_k > MOST_FOUND:
-        tiles = replace(tiles, gate_up_block_m=0)
-    return tiles.fit(hidden)
+    return _placed(tiles, num_tokens * top_k).fit(hidden)
+
+
+def _placed(tiles: Tiles, num_pairs: int) -> Tiles:
+    """Return tiles that sort blocks of pairs, where programs do not find them."""
+    block_m = tiles.gate_up_block_m
+    if isinstance(tiles, SortedTiles) or not block_m or num_pairs <= MOST_FOUND:
+        return tiles
+    return SortedTiles(block_m, tiles.gate_up, tiles.down, 2, tiles.pdl)
 
 
 def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
