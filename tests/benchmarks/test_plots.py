@@ -13,7 +13,7 @@ RESULTS = Path(plot_moe.__file__).parent / "results"
     ("command", "name", "options"),
     [
         (plot_moe.main, "moe_h200", []),
-        (plot_engine.main, "engine_h200", ["--mode", "graphs"]),
+        (plot_engine.main, "engine_h200_compiled", []),
     ],
 )
 def test_the_image_is_of_the_rows(tmp_path, command, name, options):
