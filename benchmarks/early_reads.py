@@ -39,12 +39,22 @@ def problem(name: str, ttgir: str, depends: bool) -> str | None:
         return "DOES NOT WAIT"
     if START in ttgir[: ttgir.index(WAIT)]:
         return "LETS THE NEXT ONE START BEFORE IT WAITS"
+    if _ends_early(ttgir):
+        return "ENDS BEFORE IT WAITS"
     wrong = {
         f"{operation} of {argument}"
         for operation, argument in touched_early(ttgir)
         if operation not in READS or argument not in EARLY.get(name, ())
     }
     return f"DOES NOT WAIT BEFORE {', '.join(sorted(wrong))}" if wrong else None
+
+
+def _ends_early(ttgir: str) -> bool:
+    """Whether some way to a return has no wait: what follows could come too soon."""
+    entry, *blocks = re.split(r"^  \^bb\d+.*", ttgir, flags=re.M)
+    if WAIT in entry:
+        return False
+    return any("tt.return" in block and WAIT not in block for block in blocks)
 
 
 def touched_early(ttgir: str) -> set[tuple[str, str]]:

@@ -156,6 +156,12 @@ MUTANTS = (
         "if USE_PDL and start == BLOCK_N:",
     ),
     Mutant(
+        "experts: what has nothing to do does not wait",
+        "kernels/masked_kernels.py",
+        "what follows could overtake gate and up.\n        wait_for_previous(USE_PDL)",
+        "what follows could overtake gate and up.",
+    ),
+    Mutant(
         "experts: a token's first slot is of no activations",
         "kernels/masked_kernels.py",
         "if USE_PDL and one == 0:",

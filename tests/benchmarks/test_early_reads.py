@@ -7,6 +7,7 @@ from benchmarks import early_reads
 WAIT = '%9 = tt.elementwise_inline_asm "griddepcontrol.wait; // dummy $0" -> i32'
 START = WAIT.replace("wait", "launch_dependents")
 LOOP = "%out:2 = scf.for %i = %c0 to %c8 iter_args(%w = %w_0, %h = %h_0) -> (i32) {"
+LOAD = "%x = tt.load %h : tensor<1>"
 FETCH = "%t = ttg.async_copy_global_to_local %w_1, %buffer mask %m : tensor<1x!tt.ptr>"
 
 
@@ -27,7 +28,10 @@ def ttgir(*lines):
     ("lines", "said"),
     [
         ([FETCH, LOOP, WAIT, "%x = tt.load %h : tensor<1>"], None),
-        ([WAIT, "tt.return", FETCH, LOOP, WAIT, "%x = tt.load %h : tensor<1>"], None),
+        (
+            ["^bb1:", WAIT, "tt.return", "^bb2:", FETCH, LOOP, WAIT, LOAD, "tt.return"],
+            None,
+        ),
         ([WAIT, LOOP, "%x = tt.load %h : tensor<1>", WAIT], "before tt.load of h_ptr"),
         (["%x = tt.load %h_0 : tensor<1>", WAIT], "before tt.load of h_ptr"),
         (["tt.store %w_1, %v : tensor<1>", WAIT], "before tt.store of w2_ptr"),
@@ -37,6 +41,7 @@ def ttgir(*lines):
         ),
         ([FETCH], "does not wait"),
         ([START, WAIT], "start before it waits"),
+        (["cf.cond_br %c, ^bb1", "^bb1:", "tt.return", "^bb2:", WAIT], "ends before"),
     ],
 )
 def test_a_kernel_that_depends(lines, said):

@@ -11,6 +11,9 @@ from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
     masked_activation,
     masked_moe,
 )
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    tiles as kernel_tiles,
+)
 from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels.tiles import (
     PairTiles,
     SortedTiles,
@@ -47,7 +50,7 @@ def few_are_sorted(request, monkeypatch):
     """Sort what programs would find by themselves, on a path that is to sort."""
     path = getattr(request.node, "callspec", None)
     if path and path.params.get("path", "").startswith("sorted"):
-        monkeypatch.setattr(masked_moe, "MOST_FOUND", 0)
+        monkeypatch.setattr(kernel_tiles, "MOST_FOUND", 0)
 
 
 def tokens(count: int, skewed: bool = False):
@@ -186,7 +189,7 @@ def test_sorting_many_pairs_in_chunks(monkeypatch):
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(40)
     expected = run(layer, PATHS["sorted"], *inputs)
-    monkeypatch.setattr(masked_moe, "MOST_FOUND", 0)
+    monkeypatch.setattr(kernel_tiles, "MOST_FOUND", 0)
     monkeypatch.setattr(masked_moe.SortedPlan, "chunk", 32)
     assert torch.equal(run(layer, PATHS["sorted"], *inputs), expected)
 

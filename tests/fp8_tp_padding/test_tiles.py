@@ -123,17 +123,19 @@ def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
 
 
 def test_blocks_that_programs_do_not_find_are_sorted(read, monkeypatch):
-    """Of 512 pairs they do; beyond, what is tuned for few tokens sorts."""
-    tuned = read({"64": {**PAIRS, "gate_up_block_m": 16}, "256": PAIRS})
+    """Of 512 pairs they do; beyond, the rule's tiles go before tuned ones."""
+    tuned = read({"64": {**PAIRS, "gate_up_block_m": 16}})
     monkeypatch.setattr(tile_choice, "tuned_tiles", lambda experts, size: tuned)
     shard = block_shard(1536, 128, 1, 8)
-    found, blocks, alone = (
-        tile_choice.tiles_for(n, 8, 1024, 256, shard) for n in (64, 65, 256)
-    )
+    found, blocks = (tile_choice.tiles_for(n, 8, 1024, 256, shard) for n in (64, 65))
     assert isinstance(found, PairTiles) and found.gate_up_block_m == 16
-    assert isinstance(blocks, SortedTiles) and blocks.block_m == 16
-    assert blocks.gate_up == found.gate_up and blocks.down == found.down
-    assert isinstance(alone, PairTiles) and not alone.gate_up_block_m
+    assert isinstance(blocks, SortedTiles)
+    assert blocks == tile_choice.rule(2, hopper=True).fit(256)
+
+
+def test_blocks_come_after_pairs_that_are_alone(read):
+    with pytest.raises(ValueError, match="blocks of 16 for 64 tokens and of 0 for 256"):
+        read({"64": {**PAIRS, "gate_up_block_m": 16}, "256": PAIRS})
 
 
 @pytest.fixture

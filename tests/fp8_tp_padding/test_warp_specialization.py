@@ -18,6 +18,9 @@ from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
     tile_choice,
     warp_specialization,
 )
+from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels import (
+    tiles as kernel_tiles,
+)
 from vllm.model_executor.layers.quantization.fp8_tp_padding.kernels.masked_activation import (  # noqa: E501
     Activation,
 )
@@ -78,7 +81,7 @@ def test_what_takes_it(gluon):
         {"activation": Activation("relu2")},  # It has no up.
         {"hidden": 128 * 21},  # Quant blocks come in twos.
         {"num_tokens": 2**20 + 1},  # 2**32 bytes of codes.
-        {"num_tokens": 64},  # Programs find pairs by themselves.
+        {"num_tokens": 16},  # Programs find pairs by themselves.
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -91,7 +94,7 @@ def test_the_most_that_offsets_reach(gluon):
 
 
 def test_where_pairs_are_just_sorted(gluon):
-    assert is_specialized(replace(QWEN, num_tokens=65))
+    assert is_specialized(replace(QWEN, num_tokens=17))
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.10.0", "4.0.0"])
@@ -184,9 +187,9 @@ def test_no_more_programs_than_multiprocessors_or_tiles(gluon, monkeypatch):
     launch = masked_moe.plan_for(QWEN, SPECIALIZED)._gate_up()
     assert launch.programs == 192 * 3
     assert launch.grid == (132, 1, 1)
-    few = replace(QWEN, num_experts=2, num_tokens=65)
+    few = replace(QWEN, num_experts=2, num_tokens=17)
     launch = masked_moe.plan_for(few, SPECIALIZED)._gate_up()
-    assert launch.grid == (launch.programs, 1, 1) == (6 * 3, 1, 1)
+    assert launch.grid == (launch.programs, 1, 1) == (3 * 3, 1, 1)
 
 
 def test_a_later_call_describes_weights_of_its_own():
@@ -215,7 +218,7 @@ def test_a_later_call_describes_weights_of_its_own():
 @pytest.mark.parametrize("skewed", [False, True])
 def test_pairs_sorted_in_groups_of_two_blocks(monkeypatch, skewed):
     """Also of an expert whose second block is empty; and one without any pair."""
-    monkeypatch.setattr(masked_moe, "MOST_FOUND", 0)
+    monkeypatch.setattr(kernel_tiles, "MOST_FOUND", 0)
     checkpoint = Checkpoint.exact(384, experts=EXPERTS, hidden=HIDDEN)
     layer = compact_layer(384, 2, 1, checkpoint)
     inputs = tokens(150, skewed)
@@ -232,7 +235,7 @@ def test_pairs_sorted_in_groups_of_two_blocks(monkeypatch, skewed):
 def test_empty_blocks_name_no_expert(monkeypatch):
     """So that down leaves them at once."""
     monkeypatch.setattr(masked_moe, "can_specialize", lambda problem: True)
-    monkeypatch.setattr(masked_moe, "MOST_FOUND", 0)
+    monkeypatch.setattr(kernel_tiles, "MOST_FOUND", 0)
     monkeypatch.setattr(masked_moe.SortedPlan, "_gate_up", masked_moe._Plan._gate_up)
     problem = masked_moe.Problem(100, 1, HIDDEN, EXPERTS, SHARD, torch.float32)
     plan = masked_moe.plan_for(problem, SPECIALIZED)

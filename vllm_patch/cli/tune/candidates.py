@@ -17,12 +17,12 @@ from vllm_patch.fp8_tp_padding.kernels.masked_moe import (
     can_specialize,
 )
 from vllm_patch.fp8_tp_padding.kernels.tiles import (
-    MOST_FOUND,
     SPECIALIZED_M,
     PairTiles,
     SortedTiles,
     Tile,
     Tiles,
+    are_found,
 )
 from vllm_patch.fp8_tp_padding.kernels.warp_specialization import TILE
 
@@ -88,7 +88,7 @@ def starts(problem: Problem, gpu: Gpu) -> list[Tiles]:
     for block_m, (least, most) in PAIRS.items():
         if least <= each <= most:
             found.append(SortedTiles(block_m, ANY, ANY, down_splits=2))
-            if each <= MOST_UNSORTED and problem.num_pairs <= MOST_FOUND:
+            if each <= MOST_UNSORTED and are_found(problem.num_pairs, block_m):
                 found.append(PairTiles(ANY, ANY, gate_up_block_m=block_m))
     # Where launches show, weights that are loaded early decide which tiles are best.
     dependent = gpu.launches_dependently

@@ -74,7 +74,7 @@ def _descend(batches: Iterable[Batch], compilers: Compilers) -> dict[int, list[T
     paths: list[tuple[Batch, Path]] = []
     for batch in batches:
         starts = [*candidates.starts(batch.problem, batch.layer.gpu), batch.present]
-        of_each = {(tiles.group_m, tiles.gate_up_block_m): tiles for tiles in starts}
+        of_each = {(tiles.block_m, tiles.group_m): tiles for tiles in starts}
         paths += [(batch, batch.path(tiles)) for tiles in of_each.values()]
     for number, (name, choices) in enumerate(candidates.STEPS.items(), 1):
         tried = [[path.tiles, *choices(path)] for _, path in paths]

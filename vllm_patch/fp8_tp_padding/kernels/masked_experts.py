@@ -3,6 +3,7 @@
 """vLLM's Triton experts on compact weights, as its choice of kernels knows them."""
 
 import functools
+import itertools
 
 import torch
 
@@ -27,11 +28,12 @@ from .masked_activation import Activation
 from .masked_moe import PairPlan, Problem, Routing, SortedPlan, Weights, plan_for
 from .masked_warmup import warm_up
 from .tile_choice import tiles_for
+from .workspace import bytes_of
 
 # Down holds its tiles of all blocks in shared memory.
 MAX_BLOCKS = 4
 # Tokens up to which fewer may need more memory: what is split along K, or sorted.
-# Beyond, all pairs come in blocks, and those need more with each token.
+# Beyond, tiles only come in an order in which more tokens need more.
 FEW_TOKENS = 1024
 
 
@@ -170,13 +172,15 @@ class MaskedTritonExperts(TritonExperts):
         planned(num_tokens, *sizes).run(*call)
 
 
-# Each call of a layer asks several times, and layers of a model ask the same.
-@functools.lru_cache
-def planned(*sizes) -> PairPlan | SortedPlan:
+def _plan(*sizes) -> PairPlan | SortedPlan:
     """Return how a call is run; ``sizes`` are all fields of its ``Problem``."""
     of = Problem(*sizes)
     tiles = tiles_for(of.num_tokens, of.top_k, of.num_experts, of.hidden, of.shard)
     return plan_for(of, tiles)
+
+
+# Each call of a layer asks several times, and layers of a model ask the same.
+planned = functools.lru_cache(maxsize=1024)(_plan)
 
 
 def workspace_bytes(num_tokens: int, *sizes) -> int:
@@ -184,14 +188,16 @@ def workspace_bytes(num_tokens: int, *sizes) -> int:
 
     vLLM sizes its workspace by the largest call.
     """
-    few = min(num_tokens, FEW_TOKENS)
-    return max(planned(num_tokens, *sizes).workspace_bytes, _bytes_of_few(few, *sizes))
+    few = _bytes_of_few(*sizes)[min(num_tokens, FEW_TOKENS) - 1]
+    return max(planned(num_tokens, *sizes).workspace_bytes, few)
 
 
-@functools.lru_cache
-def _bytes_of_few(num_tokens: int, *sizes) -> int:
-    """Most bytes of calls of so few tokens."""
-    return max(planned(n, *sizes).workspace_bytes for n in range(1, num_tokens + 1))
+@functools.cache
+def _bytes_of_few(*sizes) -> list[int]:
+    """Return the most bytes of calls of up to 1, 2, 3 and so on tokens."""
+    tokens = range(1, FEW_TOKENS + 1)
+    each = (bytes_of(_plan(number, *sizes).buffers()) for number in tokens)
+    return [*itertools.accumulate(each, max)]
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,14 @@ from .masked_kernels import (
     sum_kernel,
 )
 from .pair_kernels import prepare_kernel, sort_kernel
-from .tiles import MOST_FOUND, SPECIALIZED_BLOCKS, PairTiles, SortedTiles, Tiles
+from .tiles import (
+    SPECIALIZED_BLOCKS,
+    SPECIALIZED_M,
+    PairTiles,
+    SortedTiles,
+    Tiles,
+    are_found,
+)
 from .warp_specialization import TILE, hopper_gate_up
 from .workspace import Buffers
 
@@ -115,6 +122,8 @@ class Routing:
 def plan_for(problem: Problem, tiles: Tiles) -> "PairPlan | SortedPlan":
     """Return the plan that these tiles are for."""
     if isinstance(tiles, PairTiles):
+        if not are_found(problem.num_pairs, tiles.gate_up_block_m):
+            tiles = replace(tiles, gate_up_block_m=0)
         return PairPlan(problem, tiles)
     if tiles.specialized and not can_specialize(problem):
         tiles = replace(tiles, specialized=False)
@@ -132,7 +141,7 @@ def can_specialize(problem: Problem) -> bool:
         and problem.activation.shards == 2
         and problem.hidden % (2 * BLOCK) == 0
         and problem.num_tokens * problem.hidden <= 2**32
-        and problem.num_pairs > MOST_FOUND
+        and not are_found(problem.num_pairs, SPECIALIZED_M)
     )
 
 
@@ -217,9 +226,9 @@ class _Plan:
     @property
     def placed(self) -> str:
         """How programs know the pairs of a block, as ``block_of_pairs`` says."""
-        if not self.tiles.gate_up_block_m:
+        if not (block_m := self.tiles.gate_up_block_m):
             return "alone"
-        return "found" if self.problem.num_pairs <= MOST_FOUND else "sorted"
+        return "found" if are_found(self.problem.num_pairs, block_m) else "sorted"
 
     @property
     def searched(self) -> int:
@@ -367,7 +376,8 @@ class SortedPlan(_Plan):
     def _sorting(self) -> Buffers:
         blocks = self.blocks
         return {
-            "counts": ((self.chunks, self.bins), torch.int32),
+            # As large for any number of tokens: more of them never need less.
+            "counts": ((MAX_CHUNKS, self.bins), torch.int32),
             "placed": ((self.bins,), torch.int32),
             "sorted_pairs": ((blocks * self.tiles.block_m,), torch.int32),
             "block_experts": ((blocks,), torch.int32),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from vllm.platforms import current_platform
 
 from ..slices.shard import BlockShard
-from .tiles import MOST_FOUND, PairTiles, SortedTiles, Tile, Tiles
+from .tiles import PairTiles, SortedTiles, Tile, Tiles, are_found
 from .tuned_tiles import tuned_tiles
 
 # Tiles by pairs of an expert, below which they are taken. Stages are fewer off Hopper:
@@ -35,6 +35,8 @@ _OTHERS: tuple[tuple[float, Tiles], ...] = (
     (32, SortedTiles(32, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
     (math.inf, SortedTiles(64, Tile(64, 4, 2), Tile(64, 4, 3), 2)),
 )
+# Pairs of an expert from which the rule's tiles are ``SortedTiles``.
+_LEAST_SORTED = 2
 # Tokens beyond which nothing is split along K.
 MOST_SPLIT = 256
 
@@ -63,15 +65,12 @@ def tiles_for(
         tiles = replace(tiles, specialized=False)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
         tiles = replace(tiles, gate_up_splits=1)
-    return _placed(tiles, num_tokens * top_k).fit(hidden)
-
-
-def _placed(tiles: Tiles, num_pairs: int) -> Tiles:
-    """Return tiles that sort blocks of pairs, where programs do not find them."""
-    block_m = tiles.gate_up_block_m
-    if isinstance(tiles, SortedTiles) or not block_m or num_pairs <= MOST_FOUND:
-        return tiles
-    return SortedTiles(block_m, tiles.gate_up, tiles.down, 2, tiles.pdl)
+    if isinstance(tiles, PairTiles) and not are_found(
+        num_tokens * top_k, tiles.gate_up_block_m
+    ):
+        # Where blocks have to be sorted, down takes them, too.
+        tiles = rule(_LEAST_SORTED, hopper)
+    return tiles.fit(hidden)
 
 
 def rule(pairs_per_expert: float, hopper: bool) -> Tiles:

@@ -11,9 +11,9 @@ from .fp8_quant import BLOCK
 
 # Beyond, shared memory holds no tile.
 MOST_STAGES = 16
-# Pairs up to which each program finds those of its block by itself: sorting them
-# beforehand is a launch more, and looking among more takes longer than that.
-MOST_FOUND = 512
+# Pairs, times those of a block, up to which programs find these by themselves: sorting
+# beforehand is a launch more, and comparing more takes longer, and registers.
+MOST_FOUND = 512 * 16
 # Pairs of a block for warps that specialize, as many as wgmma takes; and how many such
 # blocks they multiply by the same weights.
 SPECIALIZED_M, SPECIALIZED_BLOCKS = 64, 2
@@ -86,7 +86,6 @@ class PairTiles:
     """
 
     block_m: ClassVar[int] = 0
-    group_m: ClassVar[int] = 0
     gate_up: Tile
     down: Tile
     gate_up_splits: int = 1
@@ -98,6 +97,11 @@ class PairTiles:
         if self.gate_up_block_m != 0:
             check_power_of_two("gate_up_block_m", self.gate_up_block_m, least=16)
         check_bool("pdl", self.pdl)
+
+    @property
+    def group_m(self) -> int:
+        """As of ``SortedTiles``."""
+        return self.gate_up_block_m
 
     def fit(self, hidden: int) -> "PairTiles":
         """Make the splits along ``hidden`` even."""
@@ -157,6 +161,11 @@ class SortedTiles:
 
 
 Tiles = PairTiles | SortedTiles
+
+
+def are_found(num_pairs: int, block_m: int) -> bool:
+    """Whether programs find the pairs of their block by themselves."""
+    return num_pairs * block_m <= MOST_FOUND
 
 
 def check_positive(name: str, value: int, most: float = math.inf) -> None:
