@@ -101,7 +101,7 @@ def starts(problem: Problem, gpu: Gpu) -> list[Tiles]:
 
 
 def gate_up(path: Path) -> list[Tiles]:
-    if isinstance(path.tiles, SortedTiles) and path.tiles.specialized:
+    if path.tiles.specialized:
         return []
     block_m = path.tiles.gate_up_block_m or LEAST_ROWS
     return [
@@ -170,9 +170,7 @@ def down_splits(path: Path) -> list[Tiles]:
 
 def dependent_launch(path: Path) -> list[Tiles]:
     shows = path.time * SHOWS <= LAUNCHES * LAUNCH_US
-    if not path.gpu.launches_dependently or not shows:
-        return []
-    if isinstance(path.tiles, SortedTiles) and path.tiles.specialized:
+    if not path.gpu.launches_dependently or not shows or path.tiles.specialized:
         return []
     return [replace(path.tiles, pdl=not path.tiles.pdl)]
 

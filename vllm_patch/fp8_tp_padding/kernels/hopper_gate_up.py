@@ -108,6 +108,25 @@ def _stored(columns):
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
 
 
+@gluon.constexpr_function
+def _tiles(SIZES):
+    _, _, size, lead, _ = SIZES
+    return (lead + size + TILE.block_n - 1) // TILE.block_n - lead // TILE.block_n
+
+
+@gluon.jit
+def _num_tiles(num_blocks_ptr, SIZES: gl.constexpr):
+    """How many tiles all programs have."""
+    return gl.load(num_blocks_ptr) * ROWS // PAIRS * _tiles(SIZES)
+
+
+@gluon.jit
+def _group_and_tile(t, SIZES: gl.constexpr):
+    """Which 128 pairs a tile has, and which 64 columns of the span."""
+    TILES: gl.constexpr = _tiles(SIZES)
+    return t // TILES, SIZES[3] // COLUMNS + t % TILES
+
+
 @gluon.jit
 def _next(stage, phase):
     stage += 1
@@ -132,22 +151,19 @@ def _load_tiles(x_codes_ptr, w13_desc, places, ring, num_pairs, SIZES: gl.conste
     x_ring, w_ring, full, empty = ring
     TOP_K: gl.constexpr = SIZES[0]
     K: gl.constexpr = SIZES[1]
-    SIZE: gl.constexpr = SIZES[2]
     LEAD: gl.constexpr = SIZES[3]
-    FIRST: gl.constexpr = LEAD // COLUMNS
-    TILES: gl.constexpr = (LEAD + SIZE + COLUMNS - 1) // COLUMNS - FIRST
     layout: gl.constexpr = _loaded(LOADERS)
     k = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
     row = gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
-    num_tiles = gl.load(num_blocks_ptr) * ROWS // PAIRS * TILES
+    num_tiles = _num_tiles(num_blocks_ptr, SIZES)
     stage = 0
     # What was never filled is empty.
     phase = 1
     loaded = 0
     for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        group = t // TILES
+        group, tile = _group_and_tile(t, SIZES)
         expert = gl.load(block_experts_ptr + group * (PAIRS // ROWS))
-        offset = (FIRST + t % TILES) * COLUMNS - LEAD
+        offset = tile * COLUMNS - LEAD
         pair = gl.load(sorted_pairs_ptr + group * PAIRS + row)
         is_pair = (pair < num_pairs)[:, None]
         # Offsets of 32 bits take half of the registers.
@@ -239,8 +255,6 @@ def _multiply_tiles(
     SIZE: gl.constexpr = SIZES[2]
     LEAD: gl.constexpr = SIZES[3]
     NUM_BLOCKS: gl.constexpr = SIZES[4]
-    FIRST: gl.constexpr = LEAD // COLUMNS
-    TILES: gl.constexpr = (LEAD + SIZE + COLUMNS - 1) // COLUMNS - FIRST
     K_BLOCKS: gl.constexpr = K // BLOCK
     N: gl.constexpr = 2 * COLUMNS
     layout: gl.constexpr = _accumulator(N)
@@ -248,12 +262,11 @@ def _multiply_tiles(
     # A thread has two neighbouring columns of an accumulator: gate and up of one.
     is_up = gl.arange(0, N, gl.SliceLayout(0, layout)) % 2 == 1
     zeros = gl.zeros([ROWS, N], gl.float32, layout)
-    num_tiles = gl.load(num_blocks_ptr) * ROWS // PAIRS * TILES
+    num_tiles = _num_tiles(num_blocks_ptr, SIZES)
     stage = 0
     phase = 0
     for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        group = t // TILES
-        tile = FIRST + t % TILES
+        group, tile = _group_and_tile(t, SIZES)
         block_pairs_ptr = sorted_pairs_ptr + group * PAIRS + ROW
         if gl.load(block_pairs_ptr) < num_pairs:
             expert = gl.load(block_experts_ptr + group * (PAIRS // ROWS)).to(gl.int64)

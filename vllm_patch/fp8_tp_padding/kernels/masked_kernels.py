@@ -295,6 +295,23 @@ def _load_h(
 
 
 @triton.jit
+def _load_whole_h(
+    h_ptr,
+    pair,
+    is_pair,
+    weight,
+    SIZE: tl.constexpr,
+    LEAD: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """``_load_h`` of what is activated already, as no program shared a tile of it."""
+    return _load_h(
+        *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
+        *(1, 2, "silu", None, 1, 0, 0, None),
+    )
+
+
+@triton.jit
 def _no_h(
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -393,9 +410,8 @@ def down_kernel(
     if USE_PDL:
         codes, scales = _no_h(BLOCK_M, SIZE, LEAD, NUM_BLOCKS)
     else:
-        codes, scales = _load_h(
-            *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
-            *(1, 2, "silu", None, 1, 0, num_pairs, None),
+        codes, scales = _load_whole_h(
+            h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS
         )
     y_ptrs = y_ptr + pair.to(tl.int64)[:, None] * K
     FIRST = (pid % SPLITS) * (K // SPLITS)
@@ -404,9 +420,8 @@ def down_kernel(
         if USE_PDL and start == 0:
             wait_for_previous(USE_PDL)
             let_next_start(USE_PDL)
-            codes, scales = _load_h(
-                *(h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS),
-                *(1, 2, "silu", None, 1, 0, num_pairs, None),
+            codes, scales = _load_whole_h(
+                h_ptr, pair, is_pair, weight, SIZE, LEAD, NUM_BLOCKS
             )
         row = FIRST + start + tl.arange(0, BLOCK_N)
         row_block = (FIRST + start) // BLOCK

@@ -153,12 +153,14 @@ class _Plan:
         problem: Sizes of the call.
         tiles: Of the kernels.
         quant_groups: Activation groups that one program quantizes, at most.
+        splits: Programs that share a tile of gate and up.
 
     """
 
     problem: Problem
     tiles: Tiles
     quant_groups: ClassVar[int]
+    splits: ClassVar[int] = 1
 
     def buffers(self) -> Buffers:
         """Shape and dtype of each intermediate."""
@@ -216,7 +218,7 @@ class _Plan:
         if not block_m:
             return pairs
         unfilled = min(self.problem.num_experts, pairs)
-        group_m = self.tiles.group_m or block_m
+        group_m = self.tiles.group_m
         return min(pairs, pairs // group_m + unfilled) * (group_m // block_m)
 
     @property
@@ -290,16 +292,16 @@ class _Plan:
             },
         )
 
-    def _gate_up(self, splits: int = 1) -> Launch:
+    def _gate_up(self) -> Launch:
         problem, tile = self.problem, self.tiles.gate_up
         return Launch(
             gate_up_kernel,
-            self.blocks * splits * tile.count(problem.shard),
+            self.blocks * self.splits * tile.count(problem.shard),
             ("x_codes", "x_scale", "w13", "w13_scale", "h", *self._places),
             {
                 "num_pairs": problem.num_pairs,
                 "TOP_K": problem.top_k,
-                "SPLITS": splits,
+                "SPLITS": self.splits,
                 "UNROLL": tile.unroll,
                 **problem.activation.constants,
                 **self._placing,
@@ -324,7 +326,7 @@ class PairPlan(_Plan):
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
-        return [self._prepare(), self._gate_up(self.splits), self._down_and_sum()]
+        return [self._prepare(), self._gate_up(), self._down_and_sum()]
 
     @property
     def splits(self) -> int:
@@ -446,9 +448,9 @@ class SortedPlan(_Plan):
             },
         )
 
-    def _gate_up(self, splits: int = 1) -> Launch:
+    def _gate_up(self) -> Launch:
         if not self.tiles.specialized:
-            return super()._gate_up(splits)
+            return super()._gate_up()
         problem, gluon = self.problem, hopper_gate_up()
         constants = dict(problem.activation.constants)
         del constants["SHARDS"]

@@ -61,7 +61,7 @@ def tiles_for(
         tiles = tuned[nearest]
     else:
         tiles = rule(num_tokens * top_k / num_experts, hopper)
-    if isinstance(tiles, SortedTiles) and not hopper:
+    if tiles.specialized and not hopper:
         tiles = replace(tiles, specialized=False)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
         tiles = replace(tiles, gate_up_splits=1)

@@ -75,6 +75,7 @@ class PairTiles:
 
     Attributes:
         block_m: 0, as pairs are not sorted into blocks.
+        specialized: False; as of ``SortedTiles``.
         gate_up: Tile of gate and up.
         down: Tile of down.
         gate_up_splits: Programs that share a tile of gate and up along ``hidden``.
@@ -86,6 +87,7 @@ class PairTiles:
     """
 
     block_m: ClassVar[int] = 0
+    specialized: ClassVar[bool] = False
     gate_up: Tile
     down: Tile
     gate_up_splits: int = 1
