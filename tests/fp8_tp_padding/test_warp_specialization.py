@@ -192,6 +192,21 @@ def test_no_more_programs_than_multiprocessors_or_tiles(gluon, monkeypatch):
     assert launch.grid == (launch.programs, 1, 1) == (3 * 3, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("total", "tp", "rank", "tiles"),
+    [
+        (1408, 8, 1, 3),  # 176 columns from 48: four by the checkpoint's blocks.
+        (384, 8, 1, 1),  # 48 columns from 48: two.
+        (640, 8, 1, 2),
+        (1536, 8, 0, 3),
+    ],
+)
+def test_tiles_lie_on_the_store(gluon, total, tp, rank, tiles):
+    problem = replace(QWEN, shard=block_shard(total, 128, rank, tp))
+    launch = masked_moe.plan_for(problem, SPECIALIZED)._gate_up()
+    assert launch.programs == 192 * tiles
+
+
 def test_a_later_call_describes_weights_of_its_own():
     """Once for each address: a model has as many as layers, and calls each again."""
     described, ran = [], []

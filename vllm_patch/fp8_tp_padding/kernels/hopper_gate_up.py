@@ -11,7 +11,9 @@ along ``K`` of 128 pairs and of the gate and up rows of 64 columns.
     4 and 4  multiply 64 pairs by   ``full``    ``empty``: once each
              the same weights
 
-It adds in the order of ``gate_up_kernel``. Where it runs: ``warp_specialization.py``.
+Tiles are 64 columns of the store each, wherever the rank's quant blocks end: cut by the
+checkpoint's grid, 176 columns from 48 would be four of them. It adds in the order of
+``gate_up_kernel``. Where it runs: ``warp_specialization.py``.
 """
 
 from dataclasses import dataclass
@@ -109,22 +111,28 @@ def _stored(columns):
 
 
 @gluon.constexpr_function
-def _tiles(SIZES):
-    _, _, size, lead, _ = SIZES
-    return (lead + size + TILE.block_n - 1) // TILE.block_n - lead // TILE.block_n
+def tiles_of(size):
+    """Tiles of a rank's columns."""
+    return (size + TILE.block_n - 1) // TILE.block_n
+
+
+@gluon.constexpr_function
+def _cut(SIZES):
+    """Columns of a tile in the first of its two quant blocks; 0: it is in one."""
+    return -SIZES[3] % TILE.block_n
 
 
 @gluon.jit
 def _num_tiles(num_blocks_ptr, SIZES: gl.constexpr):
     """How many tiles all programs have."""
-    return gl.load(num_blocks_ptr) * ROWS // PAIRS * _tiles(SIZES)
+    return gl.load(num_blocks_ptr) * ROWS // PAIRS * tiles_of(SIZES[2])
 
 
 @gluon.jit
 def _group_and_tile(t, SIZES: gl.constexpr):
-    """Which 128 pairs a tile has, and which 64 columns of the span."""
-    TILES: gl.constexpr = _tiles(SIZES)
-    return t // TILES, SIZES[3] // COLUMNS + t % TILES
+    """Which 128 pairs a tile has, and which 64 columns of the store."""
+    TILES: gl.constexpr = tiles_of(SIZES[2])
+    return t // TILES, t % TILES
 
 
 @gluon.jit
@@ -151,7 +159,6 @@ def _load_tiles(x_codes_ptr, w13_desc, places, ring, num_pairs, SIZES: gl.conste
     x_ring, w_ring, full, empty = ring
     TOP_K: gl.constexpr = SIZES[0]
     K: gl.constexpr = SIZES[1]
-    LEAD: gl.constexpr = SIZES[3]
     layout: gl.constexpr = _loaded(LOADERS)
     k = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
     row = gl.arange(0, PAIRS, gl.SliceLayout(1, layout))
@@ -163,7 +170,7 @@ def _load_tiles(x_codes_ptr, w13_desc, places, ring, num_pairs, SIZES: gl.conste
     for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         group, tile = _group_and_tile(t, SIZES)
         expert = gl.load(block_experts_ptr + group * (PAIRS // ROWS))
-        offset = tile * COLUMNS - LEAD
+        offset = tile * COLUMNS
         pair = gl.load(sorted_pairs_ptr + group * PAIRS + row)
         is_pair = (pair < num_pairs)[:, None]
         # Offsets of 32 bits take half of the registers.
@@ -197,14 +204,39 @@ def _multiply(x_ring, w_ring, full, stage, phase, zeros, ROW: gl.constexpr):
 
 
 @gluon.jit
-def _scales(x_scale_ptrs, gate_scale_ptr, up_scale_ptr, is_pair, block):
-    x = gl.load(x_scale_ptrs + block, mask=is_pair, other=0.0)
-    return x, gl.load(gate_scale_ptr + block), gl.load(up_scale_ptr + block)
+def _scale_rows(w13_scale_ptr, expert, tile, SIZES: gl.constexpr):
+    """Where the scales of a tile start: of gate and up, in each of its quant blocks."""
+    K_BLOCKS: gl.constexpr = SIZES[1] // BLOCK
+    LEAD: gl.constexpr = SIZES[3]
+    NUM_BLOCKS: gl.constexpr = SIZES[4]
+    first = expert * (2 * NUM_BLOCKS) + (LEAD + tile * COLUMNS) // BLOCK
+    gate_ptr = w13_scale_ptr + first * K_BLOCKS
+    up_ptr = gate_ptr + NUM_BLOCKS * K_BLOCKS
+    if _cut(SIZES) == 0:
+        return gate_ptr, up_ptr
+    else:
+        # It may have one: columns beyond the last block's are none.
+        last = gl.minimum((LEAD + tile * COLUMNS + COLUMNS - 1) // BLOCK, NUM_BLOCKS - 1)
+        further = (last - (LEAD + tile * COLUMNS) // BLOCK) * K_BLOCKS
+        return gate_ptr, up_ptr, gate_ptr + further, up_ptr + further
 
 
 @gluon.jit
-def _add(acc, part, x, gate, up, is_up):
-    return acc + part * gl.where(is_up[None, :], (x * up)[:, None], (x * gate)[:, None])
+def _scales(x_scale_ptrs, scale_rows, is_pair, block):
+    scales = (gl.load(x_scale_ptrs + block, mask=is_pair, other=0.0),)
+    for i in gl.static_range(len(scale_rows)):
+        scales = scales + (gl.load(scale_rows[i] + block),)
+    return scales
+
+
+@gluon.jit
+def _add(acc, part, scales, is_up, is_cut):
+    x = scales[0]
+    scale = gl.where(is_up, (x * scales[2])[:, None], (x * scales[1])[:, None])
+    if len(scales) == 5:
+        after = gl.where(is_up, (x * scales[4])[:, None], (x * scales[3])[:, None])
+        scale = gl.where(is_cut, after, scale)
+    return acc + part * scale
 
 
 @gluon.jit
@@ -232,7 +264,7 @@ def _store(
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)) + offset
     pair = gl.load(sorted_pairs_ptr + row)
-    mask = (pair < num_pairs)[:, None] & ((column >= 0) & (column < SIZE))[None, :]
+    mask = (pair < num_pairs)[:, None] & (column < SIZE)[None, :]
     gl.store(h_ptr + pair.to(gl.int64)[:, None] * SIZE + column[None, :], h, mask=mask)
 
 
@@ -253,14 +285,14 @@ def _multiply_tiles(
     TOP_K: gl.constexpr = SIZES[0]
     K: gl.constexpr = SIZES[1]
     SIZE: gl.constexpr = SIZES[2]
-    LEAD: gl.constexpr = SIZES[3]
-    NUM_BLOCKS: gl.constexpr = SIZES[4]
     K_BLOCKS: gl.constexpr = K // BLOCK
     N: gl.constexpr = 2 * COLUMNS
     layout: gl.constexpr = _accumulator(N)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     # A thread has two neighbouring columns of an accumulator: gate and up of one.
-    is_up = gl.arange(0, N, gl.SliceLayout(0, layout)) % 2 == 1
+    row_of_w = gl.arange(0, N, gl.SliceLayout(0, layout))[None, :]
+    is_up = row_of_w % 2 == 1
+    is_cut = row_of_w // 2 >= _cut(SIZES)
     zeros = gl.zeros([ROWS, N], gl.float32, layout)
     num_tiles = _num_tiles(num_blocks_ptr, SIZES)
     stage = 0
@@ -273,12 +305,10 @@ def _multiply_tiles(
             pair = gl.load(block_pairs_ptr + row)
             is_pair = pair < num_pairs
             x_scale_ptrs = x_scale_ptr + (pair // TOP_K) * K_BLOCKS
-            scale_row = expert * (2 * NUM_BLOCKS) + tile * COLUMNS // BLOCK
-            gate_ptr = w13_scale_ptr + scale_row * K_BLOCKS
-            up_ptr = gate_ptr + NUM_BLOCKS * K_BLOCKS
+            scale_rows = _scale_rows(w13_scale_ptr, expert, tile, SIZES)
             acc = zeros
             # Scales are loaded a step ahead: products do not wait for them.
-            x, gate, up = _scales(x_scale_ptrs, gate_ptr, up_ptr, is_pair, 0)
+            scales = _scales(x_scale_ptrs, scale_rows, is_pair, 0)
             # Two products at a time: the second runs while the first is scaled and
             # added. None runs where the loop turns: ptxas would have each waited for.
             for block in range(0, K_BLOCKS, 2):
@@ -286,24 +316,20 @@ def _multiply_tiles(
                 first = stage
                 stage, phase = _next(stage, phase)
                 two = _multiply(x_ring, w_ring, full, stage, phase, zeros, ROW)
-                x_2, gate_2, up_2 = _scales(
-                    x_scale_ptrs, gate_ptr, up_ptr, is_pair, block + 1
-                )
+                scales_2 = _scales(x_scale_ptrs, scale_rows, is_pair, block + 1)
                 one = hopper.warpgroup_mma_wait(1, deps=(one,))
                 mbarrier.arrive(empty.index(first), count=1)
-                acc = _add(acc, one, x, gate, up, is_up)
+                acc = _add(acc, one, scales, is_up, is_cut)
                 following = gl.minimum(block + 2, K_BLOCKS - 1)
-                x, gate, up = _scales(
-                    x_scale_ptrs, gate_ptr, up_ptr, is_pair, following
-                )
+                scales = _scales(x_scale_ptrs, scale_rows, is_pair, following)
                 acc = _now(acc)
                 # It is full already: a loop, across which ptxas puts no sums off.
                 mbarrier.wait(full.index(stage), phase)
                 two = hopper.warpgroup_mma_wait(0, deps=(two,))
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = _next(stage, phase)
-                acc = _add(acc, two, x_2, gate_2, up_2, is_up)
-            offset = tile * COLUMNS - LEAD
+                acc = _add(acc, two, scales_2, is_up, is_cut)
+            offset = tile * COLUMNS
             _store(acc, h_ptr, block_pairs_ptr, num_pairs, offset, SIZE, ACTIVATION)
         else:
             for _ in range(K_BLOCKS):

@@ -456,7 +456,7 @@ class SortedPlan(_Plan):
         del constants["SHARDS"]
         return Launch(
             gluon.hopper_gate_up_kernel,
-            self.blocks // SPECIALIZED_BLOCKS * TILE.count(problem.shard),
+            self.blocks // SPECIALIZED_BLOCKS * gluon.tiles_of(problem.shard.size),
             ("x_codes", "x_scale", "w13_scale", "h", *PLACES),
             {
                 "num_pairs": problem.num_pairs,
