@@ -62,7 +62,8 @@ from benchmarks.engine_ways import BATCHES, LOAD, MODES, SMALL, WAYS, spec_of
 from benchmarks.run import Rows, environment, parser_of
 from vllm_patch.cli.synthetic import write_tokenizer
 
-RANDOM_ROUTING = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
+# Where workers are processes of their own, which ``random_routing`` does not reach.
+SIMULATED = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
 ONE_RANK_WAYS = ["this", "padded", "refined", "ep"]
 REAL_WAYS = ["this", "ep", "half", "refined", "padded"]
 SWEEP = [*range(1, 1025), *range(1025, 16384, 61), 16384]
@@ -191,9 +192,12 @@ def _random_weights(
 ) -> None:
     """Run a process with random weights and random routing; note its rows."""
     module = "benchmarks.serving" if "servers" in spec else "benchmarks.engine_row"
+    variables = dict(WAYS[way].environment)
     # vLLM's experts for CPUs choose by themselves.
-    routing = RANDOM_ROUTING if torch.cuda.is_available() else {}
-    variables = {**routing, **WAYS[way].environment}
+    if torch.cuda.is_available() and "rank" in spec:
+        spec["random_routing"] = True
+    elif torch.cuda.is_available():
+        variables.update(SIMULATED)
     with tempfile.TemporaryDirectory() as folder:
         config = model.config(layers)
         (Path(folder) / "config.json").write_text(json.dumps(config))

@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from benchmarks.one_rank import engine_is_rank_of
+from benchmarks.random_routing import route_at_random
 from vllm_patch import plugin
 from vllm_patch.cli.cpu_fp8 import operators
 
@@ -131,13 +132,16 @@ def measured(
 def start(spec: dict[str, Any]) -> tuple[Engine, float]:
     """Build ``LLM(**spec["engine"])``; return it, and the seconds it took.
 
-    Where the spec has a rank, the engine is that one, alone.
+    Where the spec has a rank, the engine is that one, alone; where it says so, tokens
+    go to random experts.
     """
     import vllm
 
     plugin.register()
     if "rank" in spec:
         engine_is_rank_of(spec["tp_size"], spec["rank"])
+    if spec.get("random_routing"):
+        route_at_random()
     started = time.monotonic()
     llm = vllm.LLM(**spec["engine"])
     seconds = time.monotonic() - started
