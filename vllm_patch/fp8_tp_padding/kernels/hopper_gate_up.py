@@ -205,19 +205,19 @@ def _multiply(x_ring, w_ring, full, stage, phase, zeros, ROW: gl.constexpr):
 
 @gluon.jit
 def _scale_rows(w13_scale_ptr, expert, tile, SIZES: gl.constexpr):
-    """Where the scales of a tile start: of gate and up, in each of its quant blocks."""
+    """Where a tile's scales start: gate's and up's, then those of its second block."""
     K_BLOCKS: gl.constexpr = SIZES[1] // BLOCK
-    LEAD: gl.constexpr = SIZES[3]
     NUM_BLOCKS: gl.constexpr = SIZES[4]
-    first = expert * (2 * NUM_BLOCKS) + (LEAD + tile * COLUMNS) // BLOCK
-    gate_ptr = w13_scale_ptr + first * K_BLOCKS
+    position = SIZES[3] + tile * COLUMNS
+    block = position // BLOCK
+    gate_ptr = w13_scale_ptr + (expert * (2 * NUM_BLOCKS) + block) * K_BLOCKS
     up_ptr = gate_ptr + NUM_BLOCKS * K_BLOCKS
     if _cut(SIZES) == 0:
         return gate_ptr, up_ptr
     else:
-        # It may have one: columns beyond the last block's are none.
-        last = gl.minimum((LEAD + tile * COLUMNS + COLUMNS - 1) // BLOCK, NUM_BLOCKS - 1)
-        further = (last - (LEAD + tile * COLUMNS) // BLOCK) * K_BLOCKS
+        # Where a tile has one only, or no column in the second, it is this one again.
+        second = gl.minimum((position + COLUMNS - 1) // BLOCK, NUM_BLOCKS - 1)
+        further = (second - block) * K_BLOCKS
         return gate_ptr, up_ptr, gate_ptr + further, up_ptr + further
 
 
