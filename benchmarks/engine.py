@@ -2,9 +2,9 @@
 on all of a host's.
 
 ``python -m benchmarks.engine`` starts vLLM's engine once for each way to serve a model,
-with random weights and a router that sends tokens anywhere, and measures
+with random weights, and measures
 
-    decode_ms        a step of 1 to 256 sequences with contexts of 1k and 16k tokens
+    decode_ms        a step of 1 to 256 sequences with contexts of 16 to 16k tokens
     prefill_ms       the first token of a prompt of 16 to 16384 tokens
     mixed_ms         a step of 64 sequences with a prompt of 2048 tokens beside them
     experts_call_ms  CPU time of one call of the routed experts, not compiled
@@ -13,7 +13,8 @@ with random weights and a router that sends tokens anywhere, and measures
 
 Ways: ``this``; ``padded``, stock kernels on padded columns; ``refined``, what stock
 does by itself; ``ep``, expert parallelism; ``half``, half the TP size; ``deep_gemm``,
-stock DeepGEMM on padded columns. Modes: ``compiled``, as vLLM runs by default;
+stock DeepGEMM on padded columns; but for the last, experts are Triton's. Modes:
+``compiled``, as vLLM compiles by default;
 ``graphs``, CUDA graphs of decode steps only, nothing compiled; ``eager``; ``served``,
 compiled, where ``vllm bench serve`` measures ``vllm serve``: output_tokens_s, ttft_ms
 and tpot_ms of 1 to 256 sequences at a time, 1024 random tokens in, 1024 out.
@@ -25,10 +26,13 @@ or, where stock refuses, by 2**-5.
 ``--no-compile`` serves prompts of 1 to 16384 tokens and batches of up to 256 instead,
 while vLLM's monitor makes an error of each kernel that compiles after the start.
 
+Routers choose by random logits, the same in each step of as many tokens; with
+``--gpus``, vLLM's simulation draws experts, which takes some time more.
+
 Other ranks' work and communication are left out: what a step's all-reduces would take,
 by a model (``communication.py``), is a column of the rows.
 
-``--gpus 8`` leaves nothing out: eight ranks that talk to each other. First it is
+``--gpus 8`` leaves none out: eight ranks that talk to each other. First it is
 ``vllm-patch parity`` that compares. ``half`` is two engines of four ranks with half the
 sequences each, of which one runs but where they are served: vLLM's own data
 parallelism cuts experts by all ranks. ``python -m benchmarks.communication ONE EIGHT``

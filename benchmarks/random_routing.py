@@ -12,9 +12,9 @@ def route_at_random() -> None:
     """Make all routers of this process choose by random logits, with their kernels.
 
     vLLM's simulation (``VLLM_MOE_ROUTING_SIMULATION_STRATEGY``) draws scores and sorts
-    them in each layer: several launches where a router has one, as long as the experts
-    of a decode step take. Here logits are drawn once, the same in each process; a step
-    of as many tokens goes to the same experts again.
+    them in each layer: several launches where a router has one. Here logits are drawn
+    once, the same in each process; a step of as many tokens goes to the same experts
+    again.
     """
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
