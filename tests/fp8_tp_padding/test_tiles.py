@@ -93,7 +93,6 @@ def test_files_without_entries(read, config):
         ({"8": {**SORTED, "block_m": 24}}, "block_m = 24"),
         ({"8": {**SORTED, "down_splits": 0}}, "down_splits = 0"),
         ({"8": {**PAIRS, "down_splits": 2}}, "down_splits"),
-        ({"8": {**PAIRS, "gate_up_block_m": 8}}, "gate_up_block_m = 8"),
         ({"8": {**PAIRS, "pdl": "no"}}, "pdl = 'no'"),
         ({"8": {**PAIRS, "specialized": True}}, "specialized"),
         ({"8": {**SORTED, "specialized": True}}, "blocks of 64 pairs"),
@@ -120,22 +119,6 @@ def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
     assert [type(tiles) for tiles in chosen] == 2 * [PairTiles] + 2 * [SortedTiles]
     # 256 is two blocks: they cannot be split in four.
     assert chosen[2].down_splits == 2
-
-
-def test_blocks_that_programs_do_not_find_are_sorted(read, monkeypatch):
-    """Of 512 pairs they do; beyond, the rule's tiles go before tuned ones."""
-    tuned = read({"64": {**PAIRS, "gate_up_block_m": 16}})
-    monkeypatch.setattr(tile_choice, "tuned_tiles", lambda experts, size: tuned)
-    shard = block_shard(1536, 128, 1, 8)
-    found, blocks = (tile_choice.tiles_for(n, 8, 1024, 256, shard) for n in (64, 65))
-    assert isinstance(found, PairTiles) and found.gate_up_block_m == 16
-    assert isinstance(blocks, SortedTiles)
-    assert blocks == tile_choice.rule(2, hopper=True).fit(256)
-
-
-def test_blocks_come_after_pairs_that_are_alone(read):
-    with pytest.raises(ValueError, match="blocks of 16 for 64 tokens and of 0 for 256"):
-        read({"64": {**PAIRS, "gate_up_block_m": 16}, "256": PAIRS})
 
 
 @pytest.fixture

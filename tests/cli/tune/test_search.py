@@ -60,18 +60,17 @@ def path(tokens: int, tiles=None, gpu=HOPPER, time=50.0) -> candidates.Path:
 @pytest.mark.parametrize(
     ("tokens", "kinds"),
     [
-        (1, [(0, 0)]),
-        (16, [(0, 0), (16, 16), (0, 16)]),
-        (128, [(16, 16), (32, 32)]),
-        (512, [(32, 32), (64, 64)]),
-        (16384, [(64, 64)]),
+        (1, [0]),
+        (16, [0, 16]),
+        (128, [16, 32]),
+        (512, [32, 64]),
+        (16384, [64]),
     ],
 )
 def test_paths_by_pairs_of_an_expert(tokens, kinds):
-    """Blocks of down, and of gate and up, which few tokens may have alone."""
     problem = path(tokens).problem
     found = candidates.starts(problem, HOPPER)
-    assert [(tiles.block_m, tiles.gate_up_block_m) for tiles in found] == kinds
+    assert [tiles.block_m for tiles in found] == kinds
     assert all(tiles.pdl == (tiles.block_m < 64) for tiles in found)
     assert not any(tiles.pdl for tiles in candidates.starts(problem, OTHER))
 
@@ -139,10 +138,7 @@ def test_where_warps_that_specialize_are_tried(specializes, monkeypatch, tokens,
 
 def test_both_ways_of_blocks_of_64_are_paths(specializes):
     starts = candidates.starts(path(4096).problem, HOPPER)
-    assert [(each.group_m, each.gate_up_block_m) for each in starts] == [
-        (64, 64),
-        (128, 64),
-    ]
+    assert [(each.group_m, each.block_m) for each in starts] == [(64, 64), (128, 64)]
 
 
 def test_what_is_left_to_choose_of_warps_that_specialize(specializes):

@@ -22,7 +22,6 @@ from vllm_patch.fp8_tp_padding.kernels.tiles import (
     SortedTiles,
     Tile,
     Tiles,
-    are_found,
 )
 from vllm_patch.fp8_tp_padding.kernels.warp_specialization import TILE
 
@@ -88,8 +87,6 @@ def starts(problem: Problem, gpu: Gpu) -> list[Tiles]:
     for block_m, (least, most) in PAIRS.items():
         if least <= each <= most:
             found.append(SortedTiles(block_m, ANY, ANY, down_splits=2))
-            if each <= MOST_UNSORTED and are_found(problem.num_pairs, block_m):
-                found.append(PairTiles(ANY, ANY, gate_up_block_m=block_m))
     # Where launches show, weights that are loaded early decide which tiles are best.
     dependent = gpu.launches_dependently
     found = [replace(tiles, pdl=dependent and tiles.block_m < 64) for tiles in found]
@@ -103,7 +100,7 @@ def starts(problem: Problem, gpu: Gpu) -> list[Tiles]:
 def gate_up(path: Path) -> list[Tiles]:
     if path.tiles.specialized:
         return []
-    block_m = path.tiles.gate_up_block_m or LEAST_ROWS
+    block_m = path.tiles.block_m or LEAST_ROWS
     return [
         replace(path.tiles, gate_up=tile, **splits).fit(path.problem.hidden)
         for tile in _gate_up_tiles(path)
@@ -200,8 +197,6 @@ def order_of_sums(tiles: Tiles) -> Tiles:
         changes["specialized"] = False
         if tiles.specialized:
             changes["gate_up"] = replace(TILE, num_stages=1)
-    else:
-        changes["gate_up_block_m"] = 0
     return replace(tiles, **changes)
 
 

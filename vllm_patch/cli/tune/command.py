@@ -212,9 +212,8 @@ def _table(chosen: "dict[int, Option]") -> str:
     for tokens, option in chosen.items():
         said, gain = "kept", "-"
         if option.after != option.before:
-            block_m = option.tiles.gate_up_block_m
+            block_m = option.tiles.block_m
             said = f"blocks of {block_m}" if block_m else "each alone"
-            said += " in gate and up" if block_m != option.tiles.block_m else ""
             said += ", warps specialize" if option.tiles.specialized else ""
             gain = f"{option.before / option.after:.2f}x"
         times = f"{option.before:7.1f} us {option.after:7.1f} us"

@@ -113,10 +113,10 @@ class Batch:
         return candidates.Path(self.problem, self.layer.gpu, self._blocks(tiles), tiles)
 
     def _blocks(self, tiles: Tiles) -> int:
-        if not tiles.gate_up_block_m:
+        if not tiles.block_m:
             return self.problem.num_pairs
         pairs = torch.bincount(self.routings[0].ids.flatten())
-        return int((-(-pairs // tiles.gate_up_block_m)).sum())
+        return int((-(-pairs // tiles.block_m)).sum())
 
     def times(
         self, paths: Sequence[Tiles], replays: int = graph_timing.REPLAYS

@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM project
 """Launches the masked kernels: routed experts on compact weights.
 
-``PairPlan`` runs few tokens and ``SortedPlan`` many. Both quantize the input, and
-multiply by gate and up; then the first has down sum a token's experts as it goes, and
-the second, whose down takes blocks of pairs too, writes each pair's output and sums.
+``PairPlan`` runs few tokens, each pair alone, and ``SortedPlan`` many, in blocks of
+pairs. Both quantize the input, and multiply by gate and up; then the first has down sum
+a token's experts as it goes, and the second writes each pair's output and sums.
 The kernels are Triton's, but for one in Gluon.
 """
 
@@ -122,8 +122,6 @@ class Routing:
 def plan_for(problem: Problem, tiles: Tiles) -> "PairPlan | SortedPlan":
     """Return the plan that these tiles are for."""
     if isinstance(tiles, PairTiles):
-        if not are_found(problem.num_pairs, tiles.gate_up_block_m):
-            tiles = replace(tiles, gate_up_block_m=0)
         return PairPlan(problem, tiles)
     if tiles.specialized and not can_specialize(problem):
         tiles = replace(tiles, specialized=False)
@@ -153,14 +151,18 @@ class _Plan:
         problem: Sizes of the call.
         tiles: Of the kernels.
         quant_groups: Activation groups that one program quantizes, at most.
+        placed: How programs know the pairs of a block, as ``block_of_pairs`` says.
         splits: Programs that share a tile of gate and up.
+        searched: Pairs among which a program looks for those of its block.
 
     """
 
     problem: Problem
     tiles: Tiles
     quant_groups: ClassVar[int]
+    placed: ClassVar[str] = "alone"
     splits: ClassVar[int] = 1
+    searched: ClassVar[int] = 0
 
     def buffers(self) -> Buffers:
         """Shape and dtype of each intermediate."""
@@ -213,31 +215,12 @@ class _Plan:
 
     @property
     def blocks(self) -> int:
-        """Most blocks of pairs: each expert may leave one unfilled."""
-        pairs, block_m = self.problem.num_pairs, self.tiles.gate_up_block_m
-        if not block_m:
-            return pairs
-        unfilled = min(self.problem.num_experts, pairs)
-        group_m = self.tiles.group_m
-        return min(pairs, pairs // group_m + unfilled) * (group_m // block_m)
+        """Blocks of pairs: each is one."""
+        return self.problem.num_pairs
 
     @property
     def bins(self) -> int:
         return max(32, triton.next_power_of_2(self.problem.num_experts))
-
-    @property
-    def placed(self) -> str:
-        """How programs know the pairs of a block, as ``block_of_pairs`` says."""
-        if not (block_m := self.tiles.gate_up_block_m):
-            return "alone"
-        return "found" if are_found(self.problem.num_pairs, block_m) else "sorted"
-
-    @property
-    def searched(self) -> int:
-        """Pairs among which a program looks for those of its block."""
-        if self.placed != "found":
-            return 0
-        return max(LEAST_FOUND, triton.next_power_of_2(self.problem.num_pairs))
 
     @property
     def _places(self) -> Sequence[str]:
@@ -247,7 +230,7 @@ class _Plan:
     def _placing(self) -> dict[str, Any]:
         absent = {f"{name}_ptr": None for name in PLACES if name not in self._places}
         return {
-            "BLOCK_M": self.tiles.gate_up_block_m or LEAST_ROWS,
+            "BLOCK_M": self.tiles.block_m or LEAST_ROWS,
             "PLACED": self.placed,
             "BINS": self.bins,
             "PAIRS": self.searched,
@@ -314,7 +297,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class PairPlan(_Plan):
-    """Down takes tokens, and gate and up pairs alone or in blocks: three launches."""
+    """Gate and up take each pair alone, and down takes tokens: three launches."""
 
     tiles: PairTiles
     quant_groups = 8  # Fewer programs would leave most of the GPU idle.
@@ -322,7 +305,7 @@ class PairPlan(_Plan):
     @property
     def variant(self) -> Hashable:
         """Plans of one geometry that are alike in this launch the same binaries."""
-        return self.tiles, self.searched
+        return self.tiles
 
     def launches(self) -> list[Launch]:
         """Return what ``run`` launches."""
@@ -367,6 +350,25 @@ class SortedPlan(_Plan):
 
     tiles: SortedTiles
     quant_groups = 32
+
+    @property
+    def blocks(self) -> int:
+        """Most blocks of pairs: each expert may leave one unfilled."""
+        pairs, group_m = self.problem.num_pairs, self.tiles.group_m
+        unfilled = min(self.problem.num_experts, pairs)
+        groups = min(pairs, pairs // group_m + unfilled)
+        return groups * (group_m // self.tiles.block_m)
+
+    @property
+    def placed(self) -> str:
+        are = are_found(self.problem.num_pairs, self.tiles.block_m)
+        return "found" if are else "sorted"
+
+    @property
+    def searched(self) -> int:
+        if self.placed == "sorted":
+            return 0
+        return max(LEAST_FOUND, triton.next_power_of_2(self.problem.num_pairs))
 
     def buffers(self) -> Buffers:
         problem = self.problem

@@ -11,7 +11,7 @@ from dataclasses import replace
 from vllm.platforms import current_platform
 
 from ..slices.shard import BlockShard
-from .tiles import PairTiles, SortedTiles, Tile, Tiles, are_found
+from .tiles import PairTiles, SortedTiles, Tile, Tiles
 from .tuned_tiles import tuned_tiles
 
 # Tiles by pairs of an expert, below which they are taken. Stages are fewer off Hopper:
@@ -19,7 +19,6 @@ from .tuned_tiles import tuned_tiles
 _HOPPER: tuple[tuple[float, Tiles], ...] = (
     (0.25, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), 2, pdl=True)),
     (1, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), pdl=True)),
-    (2, PairTiles(Tile(64, 4, 4, True), Tile(128, 4, 4, True), 1, 16, pdl=True)),
     (8, SortedTiles(16, Tile(64, 4, 2, True, 2), Tile(128, 4, 3, True), 2, pdl=True)),
     (32, SortedTiles(32, Tile(64, 4, 3, True), Tile(64, 4, 3, True), 4)),
     (64, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2)),
@@ -35,8 +34,6 @@ _OTHERS: tuple[tuple[float, Tiles], ...] = (
     (32, SortedTiles(32, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
     (math.inf, SortedTiles(64, Tile(64, 4, 2), Tile(64, 4, 3), 2)),
 )
-# Pairs of an expert from which the rule's tiles are ``SortedTiles``.
-_LEAST_SORTED = 2
 # Tokens beyond which nothing is split along K.
 MOST_SPLIT = 256
 
@@ -65,11 +62,6 @@ def tiles_for(
         tiles = replace(tiles, specialized=False)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
         tiles = replace(tiles, gate_up_splits=1)
-    if isinstance(tiles, PairTiles) and not are_found(
-        num_tokens * top_k, tiles.gate_up_block_m
-    ):
-        # Where blocks have to be sorted, down takes them, too.
-        tiles = rule(_LEAST_SORTED, hopper)
     return tiles.fit(hidden)
 
 

@@ -71,39 +71,30 @@ class Tile:
 
 @dataclass(frozen=True)
 class PairTiles:
-    """For few tokens: down sums a token's experts.
+    """For few tokens: each pair is alone, and down sums a token's experts.
 
     Attributes:
-        block_m: 0, as pairs are not sorted into blocks.
-        specialized: False; as of ``SortedTiles``.
+        block_m: 0, as each pair is alone; so is ``group_m``.
+        specialized: False; all three are as of ``SortedTiles``.
         gate_up: Tile of gate and up.
         down: Tile of down.
         gate_up_splits: Programs that share a tile of gate and up along ``hidden``.
-        gate_up_block_m: Pairs of a block of gate and up, all of one expert; 0: each
-            pair is a block.
         pdl: Let each kernel start while the one before it ends (Hopper). Pays
             while a kernel does not fill the GPU.
 
     """
 
     block_m: ClassVar[int] = 0
+    group_m: ClassVar[int] = 0
     specialized: ClassVar[bool] = False
     gate_up: Tile
     down: Tile
     gate_up_splits: int = 1
-    gate_up_block_m: int = 0
     pdl: bool = False
 
     def __post_init__(self):
         check_positive("gate_up_splits", self.gate_up_splits)
-        if self.gate_up_block_m != 0:
-            check_power_of_two("gate_up_block_m", self.gate_up_block_m, least=16)
         check_bool("pdl", self.pdl)
-
-    @property
-    def group_m(self) -> int:
-        """As of ``SortedTiles``."""
-        return self.gate_up_block_m
 
     def fit(self, hidden: int) -> "PairTiles":
         """Make the splits along ``hidden`` even."""
@@ -114,7 +105,7 @@ class PairTiles:
 
 @dataclass(frozen=True)
 class SortedTiles:
-    """For many tokens: pairs come in blocks of one expert, in down too.
+    """For many tokens: pairs come in blocks of one expert.
 
     Attributes:
         block_m: Pairs of a block.
@@ -145,11 +136,6 @@ class SortedTiles:
                 f"warps that specialize take blocks of {SPECIALIZED_M} pairs, and "
                 "start when the kernel before them has ended."
             )
-
-    @property
-    def gate_up_block_m(self) -> int:
-        """As of ``PairTiles``."""
-        return self.block_m
 
     @property
     def group_m(self) -> int:
