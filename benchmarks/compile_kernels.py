@@ -5,7 +5,8 @@
 Launches them on tensors without memory, and takes down what Triton would compile: the
 tiles of the rule and of the tuned files, for a Qwen3-235B rank that starts inside a
 quant block, and linear layers of Qwen3-4B and Qwen3-Next at TP 8. Some of the rule's
-tiles come with each activation on Hopper, and with the one without up elsewhere. Fails
+tiles come with each activation on Hopper, and with the one without up elsewhere; and
+down for a rank of as many quant blocks as there may be, all of which it holds. Fails
 where a kernel needs more shared memory than a block of the GPU has, or where one that
 starts while the kernel before it ends touches what that one may still write.
 """
@@ -46,15 +47,20 @@ from vllm_patch.fp8_tp_padding.kernels.masked_activation import (  # noqa: E402
     Activation,
 )
 from vllm_patch.fp8_tp_padding.kernels.tiles import Tiles  # noqa: E402
-from vllm_patch.fp8_tp_padding.slices.shard import block_shard  # noqa: E402
+from vllm_patch.fp8_tp_padding.slices.shard import (  # noqa: E402
+    BlockShard,
+    block_shard,
+)
 from vllm_patch.fp8_tp_padding.slices.window import Window  # noqa: E402
 
 SHARED_MEMORY = {89: 101376, 90: 232448, 100: 232448, 120: 101376}
 EXPERTS, TOP_K, HIDDEN = 128, 8, 4096
 SILU = Activation()
+# Its columns; and the most that down holds a tile of: 432 columns in four whole blocks.
+SHARD, WIDEST = block_shard(1536, BLOCK, 1, 8), block_shard(864, BLOCK, 1, 2)
 # One of each branch of the rule, and those for which other activations compile: all
 # of them on Hopper, elsewhere the one without up, whose tiles are others.
-PAIRS, ACTIVATED = (0.1, 0.5, 4, 16, 32, 256, 512), (0.1, 4, 512)
+PAIRS, ACTIVATED = (0.1, 0.2, 0.5, 4, 16, 32, 512), (0.1, 4, 512)
 ACTIVATIONS = {
     "DeepSeek-V4": Activation("silu", 10.0),
     "MiniMax-M3": Activation("silu", 7.0, 1.702, 1.0),
@@ -133,8 +139,12 @@ def launched(arch: int, call: Callable[[], None]) -> list[Job]:
     return [Job(arch, what) for what in ahead.launched(call)]
 
 
-def launch_experts(tiles: Tiles, tokens: int, activation: Activation = SILU) -> None:
-    shard = block_shard(1536, BLOCK, 1, 8)
+def launch_experts(
+    tiles: Tiles,
+    tokens: int,
+    activation: Activation = SILU,
+    shard: BlockShard = SHARD,
+) -> None:
     sizes = tokens, TOP_K, HIDDEN, EXPERTS, shard, torch.bfloat16
     problem = masked_moe.Problem(*sizes, activation=activation)
     for kernel in ahead.kernels(problem, tiles):
@@ -155,13 +165,19 @@ def launch_linear_layers(arch: int) -> None:
         input_quant._padded_quant(x, window.lead, window.span, BLOCK, **scales)
 
 
-def paths(arch: int) -> dict[Tiles, tuple[int, str]]:
-    """Return tokens and origin of each different path of this GPU."""
+def rules_paths(arch: int, shard: BlockShard) -> dict[Tiles, tuple[int, str]]:
+    """Return tokens and origin of each different path of the rule on this GPU."""
     found: dict[Tiles, tuple[int, str]] = {}
     for pairs in PAIRS:
-        tiles = tile_choice.rule(pairs, hopper=arch == 90)
         tokens = max(1, int(pairs * EXPERTS / TOP_K))
+        tiles = tile_choice.rule(tokens * TOP_K, EXPERTS, shard, hopper=arch == 90)
         found.setdefault(tiles, (tokens, f"rule, {pairs} pairs"))
+    return found
+
+
+def paths(arch: int) -> dict[Tiles, tuple[int, str]]:
+    """Return tokens and origin of each different path of this GPU."""
+    found = rules_paths(arch, SHARD)
     for path in sorted(tuned_tiles.CONFIGS.glob("*H200*")) if arch == 90 else []:
         name = path.name.partition(",dev")[0]
         for tokens, tiles in tuned_tiles.read_config(path).items():
@@ -183,6 +199,11 @@ def jobs(arch: int) -> dict[Job, str]:
             call = functools.partial(launch_experts, tiles, tokens, activation)
             for job in launched(arch, call):
                 found.setdefault(job, f"{origin}, {model}")
+    for tiles, (tokens, origin) in rules_paths(arch, WIDEST).items():
+        call = functools.partial(launch_experts, tiles, tokens, shard=WIDEST)
+        for job in launched(arch, call):
+            if job.name[1].startswith("down"):
+                found.setdefault(job, f"{origin}, four blocks")
     for job in launched(arch, functools.partial(launch_linear_layers, arch)):
         found[job] = "linear layers"
     return found

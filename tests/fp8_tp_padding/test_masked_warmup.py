@@ -126,9 +126,9 @@ def not_warm(calls, launched, most=MOST):
     ("name", "hopper", "binaries"),
     [
         ("tuned", True, 42),
-        ("rule", True, 32),
+        ("rule", True, 33),
         ("rule", False, 25),
-        ("top-10 of 512", True, 24),
+        ("top-10 of 512", True, 27),
         ("three blocks", True, 30),
     ],
 )

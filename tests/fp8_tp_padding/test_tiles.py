@@ -121,6 +121,88 @@ def test_the_nearest_number_of_tokens_is_taken(read, monkeypatch):
     assert chosen[2].down_splits == 2
 
 
+# Qwen3-235B and Qwen3-Coder-480B at TP 8: two quant blocks and three; and four, which
+# down loads as a whole.
+QWEN, CODER = (block_shard(total, 128, 1, 8) for total in (1536, 2560))
+WIDEST = block_shard(864, 128, 1, 2)
+EXPERTS = 1000
+
+
+def rule(each: float, shard=QWEN, hopper=True):
+    """What ``EXPERTS`` with so many pairs each get."""
+    return tile_choice.rule(round(each * EXPERTS), EXPERTS, shard, hopper)
+
+
+@pytest.mark.parametrize(
+    ("below", "before", "after"),
+    [
+        (0.3, (0, 64), (0, 128)),
+        (0.75, (0, 128), (16, 128)),
+        (14, (16, 128), (32, 64)),
+        (32, (32, 64), (128, 64)),
+        (512, (128, 64), (128, 64)),
+    ],
+)
+def test_the_rule_goes_by_pairs_of_an_expert(below, before, after):
+    """Blocks and down's columns, at each step up to the next."""
+    found = rule(below - 1 / EXPERTS), rule(below)
+    assert [(tiles.group_m, tiles.down.block_n) for tiles in found] == [before, after]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("total", "most"),
+    [
+        (1536, 10),  # Six tiles of 32 columns that hold real ones.
+        (1408, 10),  # 176 columns from 48, in as many.
+        (512, 32),  # Two of them.
+        (2560, 6),  # Ten.
+    ],
+)
+@pytest.mark.parametrize("experts", [64, 1000])
+def test_programs_share_tiles_where_they_are_few(total, most, experts):
+    """Of gate and up, whatever the number of experts; on Hopper."""
+    shard = block_shard(total, 128, 1, 8)
+    for hopper, shared in ((True, 2), (False, 1)):
+        few, more = (
+            tile_choice.rule(pairs, experts, shard, hopper)
+            for pairs in (most, most + 1)
+        )
+        assert (few.gate_up_splits, more.gate_up_splits) == (shared, 1)
+        assert few.gate_up == more.gate_up
+
+
+@pytest.mark.parametrize(
+    ("each", "narrow", "wide"),
+    [
+        (0.2, (64, 8, 1), (64, 8, 1)),
+        (0.5, (128, 6, 1), (64, 6, 1)),
+        (4, (128, 3, 2), (64, 3, 4)),
+        (20, (64, 3, 4), (64, 3, 4)),
+        (100, (64, 3, 2), (64, 3, 2)),
+        (999, (64, 3, 1), (64, 3, 1)),
+    ],
+)
+def test_down_of_wide_shards(each, narrow, wide):
+    """Columns and stages of a tile, and programs of a block."""
+
+    def of(shard):
+        tiles = rule(each, shard)
+        splits = getattr(tiles, "down_splits", 1)
+        return tiles.down.block_n, tiles.down.num_stages, splits
+
+    assert of(QWEN) == narrow
+    assert of(CODER) == of(WIDEST) == wide
+    assert rule(each).gate_up == rule(each, CODER).gate_up
+
+
+def test_down_of_wide_shards_in_99_kib():
+    for each in 0.2, 4, 20:
+        assert rule(each, WIDEST, hopper=False) == rule(each, hopper=False)
+    down = [rule(99, each, hopper=False).down for each in (QWEN, CODER, WIDEST)]
+    assert [tile.num_stages for tile in down] == [3, 3, 2]
+
+
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """The user's folder, and one in the place of ours; of 4 experts x 192 columns."""
@@ -167,7 +249,7 @@ def test_a_damaged_file_is_named_once_and_a_rule_is_used(folders, caplog, text, 
     shard = block_shard(384, 128, 0, 2)
     for tokens in (1, 4096):
         chosen = tile_choice.tiles_for(tokens, 2, 4, 256, shard)
-        assert chosen == tile_choice.rule(tokens * 2 / 4, hopper=True).fit(256)
+        assert chosen == tile_choice.rule(tokens * 2, 4, shard, hopper=True).fit(256)
     warnings = [r for r in caplog.records if r.levelname == "WARNING"]
     (warning,) = [r.getMessage() for r in warnings if str(file) in r.getMessage()]
     assert "a rule is used" in warning and "delete" in warning

@@ -17,11 +17,10 @@ from .tuned_tiles import tuned_tiles
 # Tiles by pairs of an expert, below which they are taken. Stages are fewer off Hopper:
 # sm_89 and sm_120 have 99 KiB of shared memory.
 _HOPPER: tuple[tuple[float, Tiles], ...] = (
-    (0.25, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), 2, pdl=True)),
-    (1, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), pdl=True)),
-    (8, SortedTiles(16, Tile(64, 4, 2, True, 2), Tile(128, 4, 3, True), 2, pdl=True)),
+    (0.3, PairTiles(Tile(32, 4, 6, True), Tile(64, 4, 8, True), pdl=True)),
+    (0.75, PairTiles(Tile(32, 4, 4, True), Tile(128, 4, 6, True), pdl=True)),
+    (14, SortedTiles(16, Tile(64, 4, 3, True, 2), Tile(128, 4, 3, True), 2, pdl=True)),
     (32, SortedTiles(32, Tile(64, 4, 3, True), Tile(64, 4, 3, True), 4)),
-    (64, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2)),
     (512, SortedTiles(64, Tile(64, 4, 4), Tile(64, 4, 3), 2, specialized=True)),
     (
         math.inf,
@@ -34,6 +33,13 @@ _OTHERS: tuple[tuple[float, Tiles], ...] = (
     (32, SortedTiles(32, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
     (math.inf, SortedTiles(64, Tile(64, 4, 2), Tile(64, 4, 3), 2)),
 )
+# Programs of gate and up of which two share a tile: up to half of Hopper's
+# multiprocessors.
+_MOST_SHARED = 64
+# Quant blocks of a shard for which tiles of down are as in the tables.
+_MOST_NARROW = 2
+# Bytes of down in flight beside which shared memory holds all else, off Hopper.
+_MOST_LOADED = 80 * 1024
 # Tokens beyond which nothing is split along K.
 MOST_SPLIT = 256
 
@@ -57,7 +63,7 @@ def tiles_for(
         nearest = min(tuned, key=lambda tokens: abs(tokens - num_tokens))
         tiles = tuned[nearest]
     else:
-        tiles = rule(num_tokens * top_k / num_experts, hopper)
+        tiles = rule(num_tokens * top_k, num_experts, shard, hopper)
     if tiles.specialized and not hopper:
         tiles = replace(tiles, specialized=False)
     if isinstance(tiles, PairTiles) and num_tokens > MOST_SPLIT:
@@ -65,11 +71,25 @@ def tiles_for(
     return tiles.fit(hidden)
 
 
-def rule(pairs_per_expert: float, hopper: bool) -> Tiles:
+def rule(num_pairs: int, num_experts: int, shard: BlockShard, hopper: bool) -> Tiles:
     """Return tiles by how many pairs an expert gets.
 
     Below one, experts are read about once without blocks of pairs. Further up a block
     should hold an expert's pairs, so that its weights are read once.
     """
     table = _HOPPER if hopper else _OTHERS
-    return next(tiles for below, tiles in table if pairs_per_expert < below)
+    tiles = next(tiles for below, tiles in table if num_pairs / num_experts < below)
+    programs = num_pairs * tiles.gate_up.count(shard)
+    if hopper and isinstance(tiles, PairTiles) and programs <= _MOST_SHARED:
+        tiles = replace(tiles, gate_up_splits=2)
+    return tiles if shard.num_blocks <= _MOST_NARROW else _widened(tiles, shard, hopper)
+
+
+def _widened(tiles: Tiles, shard: BlockShard, hopper: bool) -> Tiles:
+    """Make down take less at a time, where its rows are long."""
+    down = replace(tiles.down, block_n=min(64, tiles.down.block_n))
+    if not hopper:
+        most = _MOST_LOADED // (down.block_n * shard.span)
+        down = replace(down, num_stages=min(most, down.num_stages))
+    tiles = replace(tiles, down=down)
+    return replace(tiles, down_splits=4) if tiles.block_m == 16 else tiles
