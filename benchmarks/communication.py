@@ -18,8 +18,9 @@ from collections.abc import Iterator
 
 from benchmarks.plot_moe import read
 
-# What makes two rows one.
+# What makes two rows one, with how tokens get their experts.
 KEYS = "model", "layers", "mode", "way", "tp_size", "measure", "tokens", "context"
+SIMULATED = "simulated"
 HEAD = "one rank", "with model", "real", "off", "us each"
 
 LATENCY_US = 19.0
@@ -45,14 +46,19 @@ def compared(
     They are milliseconds of one rank, with the model, and of all; the model's share of
     the latter less 1; microseconds of an all-reduce that would have made it exact.
     """
-    found = {tuple(row[key] for key in KEYS): row for row in real}
+    found = {_key(row): row for row in real}
     for row in alone:
-        key = tuple(row[key] for key in KEYS)
+        key = _key(row)
         if row["communication_ms"] and key in found:
             rank, total = float(row["value"]), float(found[key]["value"])
             modelled = rank + float(row["communication_ms"])
             each = 1e3 * (total - rank) / (PER_LAYER * int(row["layers"]))
             yield key, (rank, modelled, total, modelled / total - 1, each)
+
+
+def _key(row: dict[str, str]) -> tuple[str, ...]:
+    # Rows that do not say it are of vLLM's simulation.
+    return *(row[key] for key in KEYS), row.get("routing", SIMULATED)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,10 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         model, _, mode, way, _, measure, *_ = key
         ratios[model, mode, way, measure].append(1 + off)
         cells = "".join(f"{value:11.4g}" for value in times)
-        where = " ".join(filter(None, key[2:4] + key[5:]))
+        where = " ".join(filter(None, key[2:4] + key[5:-1]))
         print(f"{where:48}{cells}{off:11.1%}{each:11.1f}")
     if not ratios:
-        parser.error("the files have no step in common: same --modes and --layers?")
+        parser.error(
+            "the files have no step in common: same --modes, --layers and routing?"
+        )
     for key, values in ratios.items():
         mean = statistics.geometric_mean(values) - 1
         worst = max(values, key=lambda value: abs(value - 1)) - 1

@@ -26,8 +26,9 @@ or, where stock refuses, by 2**-5.
 ``--no-compile`` serves prompts of 1 to 16384 tokens and batches of up to 256 instead,
 while vLLM's monitor makes an error of each kernel that compiles after the start.
 
-Routers choose by random logits, the same in each step of as many tokens; with
-``--gpus``, vLLM's simulation draws experts, which takes some time more.
+Routers choose by random logits, one draw for all ways and steps. With ``--gpus``, or
+where VLLM_MOE_ROUTING_SIMULATION_STRATEGY names one, vLLM's simulation draws experts in
+each layer, which takes some time more: ``routing`` of a row.
 
 Other ranks' work and communication are left out: what a step's all-reduces would take,
 by a model (``communication.py``), is a column of the rows.
@@ -45,6 +46,7 @@ logits do, or if something is left to do.
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -57,17 +59,25 @@ from typing import Any
 import torch
 
 from benchmarks import engine_child
+from benchmarks.communication import SIMULATED
 from benchmarks.engine_check import check, parity
 from benchmarks.engine_child import OutOfTime, RowFailed
 from benchmarks.engine_models import MODELS, Model, small
 from benchmarks.engine_row import END, Row
-from benchmarks.engine_rows import layers_of, place, read_rows, report, row_of, rows_of
+from benchmarks.engine_rows import (
+    SIMULATION,
+    layers_of,
+    place,
+    read_rows,
+    report,
+    routing_of,
+    row_of,
+    rows_of,
+)
 from benchmarks.engine_ways import BATCHES, LOAD, MODES, SMALL, WAYS, spec_of
 from benchmarks.run import Rows, environment, parser_of
 from vllm_patch.cli.synthetic import write_tokenizer
 
-# Where workers are processes of their own, which ``random_routing`` does not reach.
-SIMULATED = {"VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random"}
 ONE_RANK_WAYS = ["this", "padded", "refined", "ep"]
 REAL_WAYS = ["this", "ep", "half", "refined", "padded"]
 SWEEP = [*range(1, 1025), *range(1025, 16384, 61), 16384]
@@ -164,6 +174,11 @@ def _unfit(args: argparse.Namespace) -> str | None:
     for row in read_rows(args.csv) if args.resume else ():
         if row.get("ranks") != str(args.gpus):
             return f"--resume: {args.csv} has no rows of --gpus {args.gpus}"
+        if (routing := row.get("routing", SIMULATED)) != routing_of(args):
+            return (
+                f"--resume: {args.csv} has rows whose routing is {routing}, not "
+                f"{routing_of(args)}, which takes other time: give another file"
+            )
         for model in args.models:
             layers = str(layers_of(model, args))
             if row["model"] == model.name and row["layers"] != layers:
@@ -197,11 +212,9 @@ def _random_weights(
     """Run a process with random weights and random routing; note its rows."""
     module = "benchmarks.serving" if "servers" in spec else "benchmarks.engine_row"
     variables = dict(WAYS[way].environment)
-    # vLLM's experts for CPUs choose by themselves.
-    if torch.cuda.is_available() and "rank" in spec:
-        spec["random_routing"] = True
-    elif torch.cuda.is_available():
-        variables.update(SIMULATED)
+    spec["random_routing"] = routing_of(args) == "router"
+    if routing_of(args) == SIMULATED:
+        variables[SIMULATION] = os.environ.get(SIMULATION, "uniform_random")
     with tempfile.TemporaryDirectory() as folder:
         config = model.config(layers)
         (Path(folder) / "config.json").write_text(json.dumps(config))

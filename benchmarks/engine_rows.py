@@ -1,15 +1,21 @@
 """Rows of ``benchmarks.engine`` in its CSV, and the tables that it prints of them."""
 
 import argparse
+import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import communication
 from benchmarks.engine_models import Model
 from benchmarks.engine_ways import WAYS
 from benchmarks.plot_moe import read
+
+# A strategy of vLLM's, where each layer draws scores and sorts them.
+SIMULATION = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
 
 
 def row_of(
@@ -29,6 +35,7 @@ def row_of(
         "layers": layers,
         "mode": mode,
         "way": way,
+        "routing": routing_of(args),
         "experts": found.get("experts", ""),
         "measure": found["measure"],
         "tokens": tokens or "",
@@ -37,6 +44,15 @@ def row_of(
         "p90": _number(found.get("p90", "")),
         "communication_ms": added,
     }
+
+
+def routing_of(args: argparse.Namespace) -> str:
+    """Return who sends tokens to experts, which takes time of its own."""
+    if not torch.cuda.is_available():
+        return "experts"  # Those of vLLM for CPUs choose by themselves.
+    # Workers of several ranks are processes of their own, which cannot be changed.
+    simulates = args.gpus > 1 or SIMULATION in os.environ
+    return communication.SIMULATED if simulates else "router"
 
 
 def layers_of(model: Model, args: argparse.Namespace) -> int:

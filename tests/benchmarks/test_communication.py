@@ -19,9 +19,13 @@ def compare(tmp_path):
         for index, rows in enumerate((alone, real)):
             path = tmp_path / f"{index}.csv"
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, [*STEP, "value", "communication_ms"])
+                writer = csv.DictWriter(
+                    file, [*STEP, "routing", "value", "communication_ms"]
+                )
                 writer.writeheader()
-                writer.writerows([{**STEP, **row} for row in rows])
+                writer.writerows(
+                    [{**STEP, "routing": "simulated", **row} for row in rows]
+                )
             files.append(str(path))
         return communication.main(files)
 
@@ -52,9 +56,8 @@ def test_each_step_of_both_and_their_mean(compare, capsys):
     assert mean == "M, graphs, this, decode_ms: +0.0%, at most +25.0%"
 
 
-def test_files_with_nothing_in_common(compare, capsys):
+@pytest.mark.parametrize("other", [{"layers": "2"}, {"routing": "router"}])
+def test_files_with_nothing_in_common(compare, capsys, other):
     with pytest.raises(SystemExit):
-        compare(
-            [{"value": "9", "communication_ms": "1"}], [{"layers": "2", "value": "8"}]
-        )
+        compare([{"value": "9", "communication_ms": "1"}], [{"value": "8", **other}])
     assert "no step in common" in capsys.readouterr().err

@@ -419,6 +419,20 @@ def test_steps_are_those_of_whole_batches(context, batch):
     assert not llm_engine.has_unfinished_requests()
 
 
+def test_rows_of_another_routing_are_not_resumed(run, processes, monkeypatch, capsys):
+    few = ("--no-check", "--modes", "compiled", "--ways", "this", "--resume")
+    strategy = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
+    assert {row["routing"] for row in run(*few)[1]} == {"router"}
+    monkeypatch.setenv(strategy, "normal_routing")
+    with pytest.raises(SystemExit):
+        run(*few)
+    assert "rows whose routing is router, not simulated" in capsys.readouterr().err
+    code, rows = run(*few[:-1])
+    (_, spec, variables) = processes.told[-1]
+    assert not spec["random_routing"] and variables[strategy] == "normal_routing"
+    assert {row["routing"] for row in rows} == {"simulated"}
+
+
 def test_more_than_the_cache_holds_is_left_out():
     llm_engine = Stepped(budget=256)
     stepped = engine_row.Engine(SimpleNamespace(llm_engine=llm_engine), 1000)

@@ -6,6 +6,7 @@ What it computes is compared on GPUs only, with the other kernel, bit for bit
 (``benchmarks.moe``, ``vllm-patch tune``): Gluon is not interpreted.
 """
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -201,10 +202,43 @@ def test_no_more_programs_than_multiprocessors_or_tiles(gluon, monkeypatch):
         (1536, 8, 0, 3),
     ],
 )
-def test_tiles_lie_on_the_store(gluon, total, tp, rank, tiles):
+def test_tiles_lie_where_fewest_do(gluon, total, tp, rank, tiles):
     problem = replace(QWEN, shard=block_shard(total, 128, rank, tp))
     launch = masked_moe.plan_for(problem, SPECIALIZED)._gate_up()
     assert launch.programs == 192 * tiles
+
+
+def test_each_column_has_the_scales_of_its_block(gluon, monkeypatch):
+    """By the kernel's own arithmetic: any lead and size of up to four blocks."""
+    # As integers; its constants hold them.
+    monkeypatch.setattr(gluon, "gl", SimpleNamespace(minimum=min))
+    for name in "BLOCK", "COLUMNS":
+        monkeypatch.setattr(gluon, name, getattr(gluon, name).value)
+    cut_ones = 0
+    for lead, size in itertools.product(range(128), [*range(1, 449, 7), 448]):
+        num_blocks = -(-(lead + size) // 128)
+        where = size, lead
+        start, cut = gluon.start_of(*where), gluon.cut_of(*where)
+        covered = []
+        for tile in range(gluon.tiles_of(*where)):
+            # Of one quant block along K: pointers count blocks.
+            sizes = (8, 128, size, lead, num_blocks)
+            rows = gluon._scale_rows.fn(0, 1, tile, sizes)
+            assert len(rows) == (4 if cut else 2)
+            for column in range(64):
+                real = start + tile * 64 + column
+                if not 0 <= real < size:
+                    continue
+                covered.append(real)
+                gate, up = rows[2:] if cut and column >= cut else rows[:2]
+                block = (lead + real) // 128
+                assert (gate, up) == (2 * num_blocks + block, 3 * num_blocks + block)
+            assert max(rows) < 4 * num_blocks
+        assert covered == [*range(size)]
+        on_grid = (lead + size - 1) // 64 - lead // 64 + 1
+        assert gluon.tiles_of(*where) < on_grid if cut else start == -(lead % 64)
+        cut_ones += cut > 0
+    assert 0 < cut_ones < 128 * 65
 
 
 def test_a_later_call_describes_weights_of_its_own():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import vllm_patch
 from vllm_patch.cli.main import main
 from vllm_patch.cli.series import PLACEHOLDER
 from vllm_patch.releases import SUPPORTED
@@ -136,8 +137,10 @@ def test_what_goes_upstream_imports_nothing_of_ours():
 
 
 def test_configs_lie_where_vllm_packages_them():
-    (path,) = (p for c in COMMITS for p in files_of(c) if p.endswith(".json"))
-    assert path.startswith(f"{CONFIGS}/")
+    paths = [p for c in COMMITS for p in files_of(c) if p.endswith(".json")]
+    ours = Path(vllm_patch.__file__).parent / "fp8_tp_padding/kernels/configs"
+    assert {Path(path).name for path in paths} == {path.name for path in ours.iterdir()}
+    assert all(path.startswith(f"{CONFIGS}/") for path in paths)
 
 
 @pytest.mark.parametrize("release", STOCK)

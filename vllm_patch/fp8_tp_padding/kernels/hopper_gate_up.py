@@ -11,9 +11,10 @@ along ``K`` of 128 pairs and of the gate and up rows of 64 columns.
     4 and 4  multiply 64 pairs by   ``full``    ``empty``: once each
              the same weights
 
-Tiles are 64 columns of the store each, wherever the rank's quant blocks end: cut by the
-checkpoint's grid, 176 columns from 48 would be four of them. It adds in the order of
-``gate_up_kernel``. Where it runs: ``warp_specialization.py``.
+Tiles lie on the checkpoint's grid, but where fewer hold the rank's columns from the
+first one on: 176 columns from 48 are three, not four. Such a tile may have two quant
+blocks. It adds in the order of ``gate_up_kernel``. Where it runs:
+``warp_specialization.py``.
 """
 
 from dataclasses import dataclass
@@ -111,27 +112,35 @@ def _stored(columns):
 
 
 @gluon.constexpr_function
-def tiles_of(size):
-    """Tiles of a rank's columns."""
-    return (size + TILE.block_n - 1) // TILE.block_n
+def start_of(size, lead):
+    """First column of the first tile: 0, or before it, on the checkpoint's grid."""
+    before = lead % TILE.block_n
+    fewer = (size - 1) // TILE.block_n < (before + size - 1) // TILE.block_n
+    return 0 if fewer else -before
 
 
 @gluon.constexpr_function
-def _cut(SIZES):
+def tiles_of(size, lead):
+    """Tiles of a rank's columns."""
+    return (size - 1 - start_of(size, lead)) // TILE.block_n + 1
+
+
+@gluon.constexpr_function
+def cut_of(size, lead):
     """Columns of a tile in the first of its two quant blocks; 0: it is in one."""
-    return -SIZES[3] % TILE.block_n
+    return -(lead + start_of(size, lead)) % TILE.block_n
 
 
 @gluon.jit
 def _num_tiles(num_blocks_ptr, SIZES: gl.constexpr):
     """How many tiles all programs have."""
-    return gl.load(num_blocks_ptr) * ROWS // PAIRS * tiles_of(SIZES[2])
+    return gl.load(num_blocks_ptr) * ROWS // PAIRS * tiles_of(SIZES[2], SIZES[3])
 
 
 @gluon.jit
 def _group_and_tile(t, SIZES: gl.constexpr):
-    """Which 128 pairs a tile has, and which 64 columns of the store."""
-    TILES: gl.constexpr = tiles_of(SIZES[2])
+    """Which 128 pairs a tile has, and which tile of columns it is."""
+    TILES: gl.constexpr = tiles_of(SIZES[2], SIZES[3])
     return t // TILES, t % TILES
 
 
@@ -170,7 +179,7 @@ def _load_tiles(x_codes_ptr, w13_desc, places, ring, num_pairs, SIZES: gl.conste
     for t in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         group, tile = _group_and_tile(t, SIZES)
         expert = gl.load(block_experts_ptr + group * (PAIRS // ROWS))
-        offset = tile * COLUMNS
+        offset = start_of(SIZES[2], SIZES[3]) + tile * COLUMNS
         pair = gl.load(sorted_pairs_ptr + group * PAIRS + row)
         is_pair = (pair < num_pairs)[:, None]
         # Offsets of 32 bits take half of the registers.
@@ -208,11 +217,11 @@ def _scale_rows(w13_scale_ptr, expert, tile, SIZES: gl.constexpr):
     """Where a tile's scales start: gate's and up's, then those of its second block."""
     K_BLOCKS: gl.constexpr = SIZES[1] // BLOCK
     NUM_BLOCKS: gl.constexpr = SIZES[4]
-    position = SIZES[3] + tile * COLUMNS
+    position = SIZES[3] + start_of(SIZES[2], SIZES[3]) + tile * COLUMNS
     block = position // BLOCK
     gate_ptr = w13_scale_ptr + (expert * (2 * NUM_BLOCKS) + block) * K_BLOCKS
     up_ptr = gate_ptr + NUM_BLOCKS * K_BLOCKS
-    if _cut(SIZES) == 0:
+    if cut_of(SIZES[2], SIZES[3]) == 0:
         return gate_ptr, up_ptr
     else:
         # Where a tile has one only, or no column in the second, it is this one again.
@@ -253,18 +262,23 @@ def _store(
     h_ptr,
     sorted_pairs_ptr,
     num_pairs,
-    offset,
-    SIZE: gl.constexpr,
+    tile,
+    SIZES: gl.constexpr,
     ACTIVATION: gl.constexpr,
 ):
+    SIZE: gl.constexpr = SIZES[2]
+    START: gl.constexpr = start_of(SIZE, SIZES[3])
     gate, up = acc.reshape([ROWS, COLUMNS, 2]).split()
     h = _activated(gate, up, ACTIVATION[0], ACTIVATION[1], ACTIVATION[2], ACTIVATION[3])
     layout: gl.constexpr = _stored(COLUMNS)
     h = gl.convert_layout(h.to(h_ptr.dtype.element_ty), layout)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)) + offset
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout)) + (START + tile * COLUMNS)
+    real = column < SIZE
+    if START < 0:
+        real &= column >= 0
     pair = gl.load(sorted_pairs_ptr + row)
-    mask = (pair < num_pairs)[:, None] & (column < SIZE)[None, :]
+    mask = (pair < num_pairs)[:, None] & real[None, :]
     gl.store(h_ptr + pair.to(gl.int64)[:, None] * SIZE + column[None, :], h, mask=mask)
 
 
@@ -284,7 +298,6 @@ def _multiply_tiles(
     x_ring, w_ring, full, empty = ring
     TOP_K: gl.constexpr = SIZES[0]
     K: gl.constexpr = SIZES[1]
-    SIZE: gl.constexpr = SIZES[2]
     K_BLOCKS: gl.constexpr = K // BLOCK
     N: gl.constexpr = 2 * COLUMNS
     layout: gl.constexpr = _accumulator(N)
@@ -292,7 +305,7 @@ def _multiply_tiles(
     # A thread has two neighbouring columns of an accumulator: gate and up of one.
     row_of_w = gl.arange(0, N, gl.SliceLayout(0, layout))[None, :]
     is_up = row_of_w % 2 == 1
-    is_cut = row_of_w // 2 >= _cut(SIZES)
+    is_cut = row_of_w // 2 >= cut_of(SIZES[2], SIZES[3])
     zeros = gl.zeros([ROWS, N], gl.float32, layout)
     num_tiles = _num_tiles(num_blocks_ptr, SIZES)
     stage = 0
@@ -329,8 +342,7 @@ def _multiply_tiles(
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = _next(stage, phase)
                 acc = _add(acc, two, scales_2, is_up, is_cut)
-            offset = tile * COLUMNS
-            _store(acc, h_ptr, block_pairs_ptr, num_pairs, offset, SIZE, ACTIVATION)
+            _store(acc, h_ptr, block_pairs_ptr, num_pairs, tile, SIZES, ACTIVATION)
         else:
             for _ in range(K_BLOCKS):
                 mbarrier.wait(full.index(stage), phase)

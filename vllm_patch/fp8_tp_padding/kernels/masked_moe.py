@@ -454,11 +454,12 @@ class SortedPlan(_Plan):
         if not self.tiles.specialized:
             return super()._gate_up()
         problem, gluon = self.problem, hopper_gate_up()
+        tiles = gluon.tiles_of(problem.shard.size, problem.shard.lead)
         constants = dict(problem.activation.constants)
         del constants["SHARDS"]
         return Launch(
             gluon.hopper_gate_up_kernel,
-            self.blocks // SPECIALIZED_BLOCKS * gluon.tiles_of(problem.shard.size),
+            self.blocks // SPECIALIZED_BLOCKS * tiles,
             ("x_codes", "x_scale", "w13_scale", "h", *PLACES),
             {
                 "num_pairs": problem.num_pairs,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from vllm.platforms import current_platform
 
 from ..slices.shard import BlockShard
+from .fp8_quant import BLOCK
 from .tiles import PairTiles, SortedTiles, Tile, Tiles
 from .tuned_tiles import tuned_tiles
 
@@ -33,11 +34,11 @@ _OTHERS: tuple[tuple[float, Tiles], ...] = (
     (32, SortedTiles(32, Tile(32, 4, 3), Tile(32, 4, 3), 4)),
     (math.inf, SortedTiles(64, Tile(64, 4, 2), Tile(64, 4, 3), 2)),
 )
-# Programs of gate and up of which two share a tile: up to half of Hopper's
-# multiprocessors.
+# Programs of gate and up up to which two share a tile: about half the multiprocessors.
 _MOST_SHARED = 64
-# Quant blocks of a shard for which tiles of down are as in the tables.
-_MOST_NARROW = 2
+# Columns that down holds, in whole halves of quant blocks, up to which its tiles are as
+# in the tables.
+_MOST_NARROW = 256
 # Bytes of down in flight beside which shared memory holds all else, off Hopper.
 _MOST_LOADED = 80 * 1024
 # Tokens beyond which nothing is split along K.
@@ -82,7 +83,9 @@ def rule(num_pairs: int, num_experts: int, shard: BlockShard, hopper: bool) -> T
     programs = num_pairs * tiles.gate_up.count(shard)
     if hopper and isinstance(tiles, PairTiles) and programs <= _MOST_SHARED:
         tiles = replace(tiles, gate_up_splits=2)
-    return tiles if shard.num_blocks <= _MOST_NARROW else _widened(tiles, shard, hopper)
+    half = BLOCK // 2
+    held = -(-(shard.lead + shard.size) // half) - shard.lead // half
+    return tiles if held * half <= _MOST_NARROW else _widened(tiles, shard, hopper)
 
 
 def _widened(tiles: Tiles, shard: BlockShard, hopper: bool) -> Tiles:
