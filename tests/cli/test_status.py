@@ -288,7 +288,7 @@ def gpus(tmp_path, monkeypatch):
     [
         (
             "echo NVIDIA H200; echo NVIDIA H200",
-            "2 x NVIDIA H200: tuned tiles for 128 experts x 192 columns, a rule for",
+            "2 x NVIDIA H200: tuned tiles for 128 experts x 96 columns, 128 experts x ",
         ),
         ("echo NVIDIA H200 NVL", "1 x NVIDIA H200 NVL: tuned tiles for 128 experts"),
         ("echo NVIDIA L4", "1 x NVIDIA L4: no tuned tiles, a rule for the rest"),
