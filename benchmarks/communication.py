@@ -56,9 +56,13 @@ def compared(
             yield key, (rank, modelled, total, modelled / total - 1, each)
 
 
+def routing_in(row: dict[str, str]) -> str:
+    """Return a row's routing: those that do not say it are of vLLM's simulation."""
+    return row.get("routing", SIMULATED)
+
+
 def _key(row: dict[str, str]) -> tuple[str, ...]:
-    # Rows that do not say it are of vLLM's simulation.
-    return *(row[key] for key in KEYS), row.get("routing", SIMULATED)
+    return *(row[key] for key in KEYS), routing_in(row)
 
 
 def main(argv: list[str] | None = None) -> int:

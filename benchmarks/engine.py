@@ -59,7 +59,7 @@ from typing import Any
 import torch
 
 from benchmarks import engine_child
-from benchmarks.communication import SIMULATED
+from benchmarks.communication import SIMULATED, routing_in
 from benchmarks.engine_check import check, parity
 from benchmarks.engine_child import OutOfTime, RowFailed
 from benchmarks.engine_models import MODELS, Model, small
@@ -174,10 +174,10 @@ def _unfit(args: argparse.Namespace) -> str | None:
     for row in read_rows(args.csv) if args.resume else ():
         if row.get("ranks") != str(args.gpus):
             return f"--resume: {args.csv} has no rows of --gpus {args.gpus}"
-        if (routing := row.get("routing", SIMULATED)) != routing_of(args):
+        if routing_in(row) != routing_of(args):
             return (
-                f"--resume: {args.csv} has rows whose routing is {routing}, not "
-                f"{routing_of(args)}, which takes other time: give another file"
+                f"--resume: {args.csv} has rows whose routing is {routing_in(row)}, "
+                f"not {routing_of(args)}, which takes other time: give another file"
             )
         for model in args.models:
             layers = str(layers_of(model, args))

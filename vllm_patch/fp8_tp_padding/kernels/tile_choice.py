@@ -36,9 +36,8 @@ _OTHERS: tuple[tuple[float, Tiles], ...] = (
 )
 # Programs of gate and up up to which two share a tile: about half the multiprocessors.
 _MOST_SHARED = 64
-# Columns that down holds, in whole halves of quant blocks, up to which its tiles are as
-# in the tables.
-_MOST_NARROW = 256
+# Halves of quant blocks that down holds, up to which its tiles are as in the tables.
+_MOST_NARROW = 4
 # Bytes of down in flight beside which shared memory holds all else, off Hopper.
 _MOST_LOADED = 80 * 1024
 # Tokens beyond which nothing is split along K.
@@ -83,9 +82,8 @@ def rule(num_pairs: int, num_experts: int, shard: BlockShard, hopper: bool) -> T
     programs = num_pairs * tiles.gate_up.count(shard)
     if hopper and isinstance(tiles, PairTiles) and programs <= _MOST_SHARED:
         tiles = replace(tiles, gate_up_splits=2)
-    half = BLOCK // 2
-    held = -(-(shard.lead + shard.size) // half) - shard.lead // half
-    return tiles if held * half <= _MOST_NARROW else _widened(tiles, shard, hopper)
+    halves = replace(tiles.down, block_n=BLOCK // 2).count(shard)
+    return tiles if halves <= _MOST_NARROW else _widened(tiles, shard, hopper)
 
 
 def _widened(tiles: Tiles, shard: BlockShard, hopper: bool) -> Tiles:
